@@ -1,0 +1,231 @@
+"""What happens beside the training: log lines, samples, the last validation, what an exact resume needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from charlm.config import TrainConfig, TrainSamplingConfig
+from charlm.console import heading, printable
+from charlm.files import json_lines
+from charlm.generate import Sampler, prompt_ids
+from charlm.metrics import bits
+from charlm.module import CharLM
+from charlm.network import State
+from charlm.run import Run
+from charlm.tracking import WandbTracker
+
+log = logging.getLogger(__name__)
+
+
+class Callbacks(NamedTuple):
+    """A run's callbacks, and the one that knows the best checkpoint."""
+
+    best: ModelCheckpoint
+    all: list[L.Callback]
+
+
+def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callbacks:
+    """Return what shall happen beside the training of a run."""
+    best = ModelCheckpoint(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
+    last = ModelCheckpoint(run.checkpoints, "last", save_on_exception=True, enable_version_counter=False)
+    callbacks = [
+        TrainingLog(config.trainer.get("log_every_n_steps") or 50),
+        FinalValidation(),
+        Samples(config.sampling, config.seed, run),
+        ExactResume(run),
+        best,
+        last,
+    ]
+    if config.early_stopping.patience is not None:
+        callbacks.append(EarlyStopping("val/loss", patience=config.early_stopping.patience))
+    if progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    return Callbacks(best, callbacks)
+
+
+class TrainingLog(L.Callback):
+    """Training loss, learning rate and speed, every `trainer.log_every_n_steps` optimizer steps, and a line at each
+    validation.
+
+    The losses are read from the device once an interval. The speed is that of training: validation does not count.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._last: dict[str, float] = {}
+        self._step = 0
+        self._characters = 0
+        self._seconds = 0.0
+        self._since = 0.0
+        self._rate = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])  # afterwards it is the next step's
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, CharLM)
+        self._characters += batch.tokens.shape[0] * (batch.tokens.shape[1] - 1) * trainer.world_size
+        step = trainer.global_step
+        if step == self._step or step % self._interval:
+            return
+        self._step = step
+        loss = float(trainer.strategy.reduce(torch.stack(pl_module.recent_losses).mean()))  # waits for the device
+        pl_module.recent_losses.clear()
+        now = time.perf_counter()
+        seconds = self._seconds + now - self._since
+        self._last = {
+            "train/loss": loss,
+            "train/bpc": bits(loss),
+            "learning_rate": self._rate,
+            "characters_per_second": self._characters / seconds,
+            "epoch": float(trainer.current_epoch),
+        }
+        self._characters, self._seconds, self._since = 0, 0.0, now
+        pl_module.record(self._last)
+        pl_module.log_dict({"loss": loss, "bpc": bits(loss)}, prog_bar=True, logger=False)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds += time.perf_counter() - self._since
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = time.perf_counter()
+        val = trainer.callback_metrics
+        if "val/loss" not in val:
+            return
+        train = "train {train/loss:.4f}   ".format(**self._last) if self._last else ""
+        speed = (
+            "   rate {learning_rate:.1e}   {characters_per_second:,.0f} chars/s".format(**self._last)
+            if self._last
+            else ""
+        )
+        log.info(
+            f"step {trainer.global_step:>6,} of {pl_module.hparams['total_steps']:,}   {train}"
+            f"val {val['val/loss']:.4f} nats   {val['val/bpc']:.4f} bpc{speed}"
+        )
+
+
+class FinalValidation(L.Callback):
+    """Ends a run with a validation, also where its budget is no multiple of the interval between them.
+
+    What is reported of a run, and kept as its best, must know its last steps.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_step = 0 < trainer.max_steps <= trainer.global_step
+        last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+        if last_step or (last_epoch and trainer.is_last_batch):
+            trainer.should_stop = True  # Lightning validates before it stops
+
+
+class Samples(L.Callback):
+    """Text from the network every `every_n_steps` optimizer steps, greedy and at each temperature; and at the end, when
+    the test has loaded the best checkpoint, from that.
+
+    Each sample goes to the console, to samples.jsonl and to every tracker that takes tables.
+    """
+
+    def __init__(self, config: TrainSamplingConfig, seed: int, run: Run) -> None:
+        self._config = config
+        self._seed = seed
+        self._run = run
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step or step % self._config.every_n_steps or trainer.should_stop:
+            return
+        self._step = step
+        self._write(trainer, pl_module, f"step {step:,}")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "the best checkpoint")
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, source: str) -> None:
+        assert isinstance(pl_module, CharLM)
+        config = self._config
+        temperatures = [0.0, *(t for t in config.temperatures if t != 0)]
+        sampler = Sampler(pl_module.network, pl_module.vocabulary, config.top_k, config.top_p)
+        prompt = prompt_ids(pl_module.vocabulary, config.prompt, config.on_unknown)
+        texts = sampler.texts(prompt, config.length, temperatures, [(self._seed, 0)] * len(temperatures))
+        rows: list[dict[str, Any]] = [
+            {"step": trainer.global_step, "temperature": temperature, "prompt": config.prompt, "text": text}
+            for temperature, text in zip(temperatures, texts, strict=True)
+        ]
+        with self._run.samples.open("a", encoding="utf-8") as file:
+            file.write(json_lines(rows))
+        for row in rows:
+            log.info(f"--- {source}, {heading(row['temperature'])} ---\n{printable(config.prompt + row['text'])}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbTracker):
+                logger.log_samples(rows)
+
+
+class ExactResume(L.Callback):
+    """What a resumed run needs to go on as if it had never stopped, beyond what Lightning keeps.
+
+    That is every rank's random state and carried hidden state, and files without the rows that it will write again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ranks: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, CharLM)
+        mine = {"random": torch.get_rng_state(), "carried": pl_module.carried}
+        if pl_module.device.type == "cuda":
+            mine["random_cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        ranks: list[Any] = [mine]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        checkpoint["ranks"] = ranks
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._ranks = checkpoint["ranks"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, CharLM)
+        self._drop_rows_behind(trainer.global_step)
+        if len(self._ranks) != trainer.world_size:
+            # A fresh run, or one that goes on with another number of devices: each rank draws its own dropout.
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+            return
+        mine = self._ranks[trainer.global_rank]
+        torch.set_rng_state(mine["random"])
+        if "random_cuda" in mine and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["random_cuda"], pl_module.device)
+        pl_module.carried = _moved(mine["carried"], pl_module.device)
+
+    @rank_zero_only
+    def _drop_rows_behind(self, step: int) -> None:
+        self._run.keep_rows_to(step)
+
+
+def _moved(state: State | None, device: torch.device) -> State | None:
+    if isinstance(state, torch.Tensor) or state is None:
+        return None if state is None else state.to(device)
+    return state[0].to(device), state[1].to(device)

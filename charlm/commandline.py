@@ -1,0 +1,90 @@
+"""What train.py and sample.py share as programs: text arguments taken literally, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from charlm.errors import InputError
+
+BAD_INPUT = 2  # exit code
+
+
+def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
+    """Run a Hydra application; `text_keys` are the settings whose values are text, such as a prompt.
+
+    Bad input ends with one line on standard error and exit code 2. Everything else that fails is a fault of the
+    program's, and keeps its traceback.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
+    multirun = "-m" in sys.argv or "--multirun" in sys.argv
+    sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
+    try:
+        main()
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+
+
+def refuse(error: Exception) -> None:
+    """Print what is wrong with the input, in one line, and exit with code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
+    raise SystemExit(BAD_INPUT)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Take back a folder that Hydra made for a run that was refused, and the one above it if nothing else is in it."""
+    for path in (folder, folder.parent):
+        try:
+            path.rmdir()
+        except OSError:  # it holds something
+            return
+
+
+def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
+    """Quote a text argument for Hydra, whose grammar would otherwise trim spaces and choke on `=`, `,` or `(`.
+
+    What is quoted already, a list, and in a multirun what has a comma (alternatives to sweep) stays as it is.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
+        return argument
+    return f"{key}={QuotedString(text=value.replace('${', chr(92) + '${'), quote=Quote.double).with_quotes()}"
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    match cause:
+        case MissingConfigException() if cause.missing_cfg_file:
+            options = [option for option in cause.options or () if not option.endswith("_schema")]
+            choices = f"; choose from {', '.join(options)}" if options else ""
+            text = f"there is no {cause.missing_cfg_file} in conf/{choices}"
+        case OverrideParseException():
+            text = f"cannot read {cause.override!r}: {_first_line(cause.message)}; quote the value, as in 'key=\"a b\"'"
+        case ConfigAttributeError() | ConfigKeyError() if cause.full_key:
+            text = f"there is no setting {cause.full_key}{_nearest(cause)}"
+        case OmegaConfBaseException() if cause.full_key:
+            text = f"{cause.full_key}: {_first_line(str(cause))}"
+        case _:
+            text = str(cause)
+    return " ".join(text.split())
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""
+
+
+def _nearest(error: OmegaConfBaseException) -> str:
+    """Name the setting that was probably meant."""
+    parent = error.parent_node
+    names = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+    near = difflib.get_close_matches(str(error.key), names, n=1)
+    prefix = str(error.full_key).rpartition(".")[0]
+    return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "; see --help for what there is"

@@ -1,0 +1,440 @@
+"""The configuration's names, types and bounds. The values are in conf/.
+
+Hydra composes conf/ over these dataclasses, so that an unknown key or a wrong type stops before anything starts;
+`TrainConfig.of` and `SampleConfig.of` turn what it composed into real objects, which check the bounds. Nothing here
+imports torch: `--help` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from charlm.errors import InputError
+
+
+def _check(ok: bool, what: str) -> None:
+    if not ok:
+        raise InputError(what)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+
+
+def _at_least(bound: int, **values: int | None) -> None:
+    for name, value in values.items():
+        _check(value is None or value >= bound, f"{name}={value} must be {bound} or more")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """What every source of text has: how it is split, cut into windows and put into batches."""
+
+    source: str = MISSING
+    split: str = MISSING
+    split_seed: int = MISSING
+    fractions: list[float] = MISSING
+    separator: str | None = MISSING
+    window: int = MISSING
+    stride: int = MISSING
+    order: str = MISSING
+    batch_size: int = MISSING
+    eval_lanes: int = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("data.split", self.split, ("contiguous", "documents"))
+        _one_of("data.order", self.order, ("shuffled", "streams"))
+        _check(
+            len(self.fractions) == 3
+            and math.isclose(sum(self.fractions), 1.0, abs_tol=1e-6)
+            and self.fractions[0] > 0
+            and self.fractions[1] > 0
+            and self.fractions[2] >= 0,
+            f"data.fractions={self.fractions} must be shares of train, val and test that sum to 1; test alone may be 0",
+        )
+        _at_least(
+            1,
+            **{
+                "data.window": self.window,
+                "data.stride": self.stride,
+                "data.batch_size": self.batch_size,
+                "data.eval_lanes": self.eval_lanes,
+            },
+        )
+
+
+@dataclass
+class PythonDocsConfig(DataConfig):
+    """The English prose of Python's own reference, which comes with every CPython."""
+
+
+@dataclass
+class TextConfig(DataConfig):
+    """Text files: one document a file."""
+
+    path: Any = MISSING  # a file, folder or glob pattern, or a list of them
+    encoding: str = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        _check(
+            bool(paths) and all(isinstance(p, str) and p for p in paths), "data.path must name a file, folder or glob"
+        )
+
+
+@dataclass
+class CsvConfig(TextConfig):
+    """Tables: one document a row, made of the columns chosen (numbers from 0, or names where there is a header)."""
+
+    columns: list[Any] = MISSING
+    header: bool = MISSING
+    delimiter: str = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            bool(self.columns) and all(isinstance(c, str) or (type(c) is int and c >= 0) for c in self.columns),
+            f"data.columns={self.columns} must list columns by number (from 0) or by name",
+        )
+        _check(len(self.delimiter) == 1, f"data.delimiter={self.delimiter!r} must be one character")
+
+
+# --- model and optimizer ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """The network: see charlm/network.py."""
+
+    cell: str = MISSING
+    hidden_size: int = MISSING
+    num_layers: int = MISSING
+    dropout: float = MISSING
+    embedding_size: int | None = MISSING
+    tied: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("model.cell", self.cell, ("lstm", "gru", "rnn"))
+        _at_least(1, **{"model.hidden_size": self.hidden_size, "model.num_layers": self.num_layers})
+        _at_least(0, **{"model.embedding_size": self.embedding_size})
+        _check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be at least 0 and less than 1")
+        _check(
+            not self.tied or self.embedding_size in (None, self.hidden_size),
+            f"model.tied=true makes input and output one matrix, so model.embedding_size={self.embedding_size} must be "
+            f"model.hidden_size={self.hidden_size}; leave it null",
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    """What every optimizer has: a rate, its schedule and weight decay."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = MISSING
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+
+    def __post_init__(self) -> None:
+        _check(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            f"optimizer.learning_rate={self.learning_rate} must be a number above 0",
+        )
+        _check(
+            self.weight_decay >= 0 and math.isfinite(self.weight_decay),
+            f"optimizer.weight_decay={self.weight_decay} must be 0 or more",
+        )
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        _at_least(0, **{"optimizer.warmup_steps": self.warmup_steps})
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam and AdamW."""
+
+    betas: list[float] = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimizer.betas={self.betas} must be two numbers, each at least 0 and less than 1",
+        )
+
+
+@dataclass
+class RMSpropConfig(OptimizerConfig):
+    """RMSProp."""
+
+    alpha: float = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 <= self.alpha < 1, f"optimizer.alpha={self.alpha} must be at least 0 and less than 1")
+
+
+@dataclass
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent with momentum."""
+
+    momentum: float = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must be at least 0 and less than 1")
+
+
+# --- trainer, callbacks, trackers ---------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainerConfig:
+    """Every argument of Lightning's Trainer that is not charlm's to give; one that is left out has Lightning's default.
+
+    charlm gives callbacks, logger, default_root_dir and use_distributed_sampler (its windows know their rank), and
+    leaves out what would switch those off.
+    """
+
+    accelerator: Any = MISSING
+    strategy: Any = MISSING
+    devices: Any = MISSING
+    num_nodes: Any = MISSING
+    precision: Any = MISSING
+    fast_dev_run: Any = MISSING
+    max_epochs: Any = MISSING
+    min_epochs: Any = MISSING
+    max_steps: Any = MISSING
+    min_steps: Any = MISSING
+    max_time: Any = MISSING
+    limit_train_batches: Any = MISSING
+    limit_val_batches: Any = MISSING
+    limit_test_batches: Any = MISSING
+    limit_predict_batches: Any = MISSING
+    overfit_batches: Any = MISSING
+    val_check_interval: Any = MISSING
+    check_val_every_n_epoch: Any = MISSING
+    num_sanity_val_steps: Any = MISSING
+    log_every_n_steps: Any = MISSING
+    enable_progress_bar: Any = MISSING
+    enable_model_summary: Any = MISSING
+    accumulate_grad_batches: Any = MISSING
+    gradient_clip_val: Any = MISSING
+    gradient_clip_algorithm: Any = MISSING
+    deterministic: Any = MISSING
+    benchmark: Any = MISSING
+    inference_mode: Any = MISSING
+    profiler: Any = MISSING
+    detect_anomaly: Any = MISSING
+    plugins: Any = MISSING
+    sync_batchnorm: Any = MISSING
+    reload_dataloaders_every_n_epochs: Any = MISSING
+    enable_autolog_hparams: Any = MISSING
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """When training ends before its budget."""
+
+    patience: int | None = MISSING  # validations without a better val/loss; null: never
+
+    def __post_init__(self) -> None:
+        _at_least(1, **{"early_stopping.patience": self.patience})
+
+
+@dataclass
+class SamplingConfig:
+    """How text is drawn from a model."""
+
+    prompt: str = MISSING
+    length: int = MISSING
+    temperature: Any = MISSING  # one number or a list; 0 is greedy, inf uniform
+    top_k: int | None = MISSING
+    top_p: float | None = MISSING
+    on_unknown: str = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(0, length=self.length)
+        _at_least(1, top_k=self.top_k)
+        _check(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
+        _one_of("on_unknown", self.on_unknown, ("error", "replace"))
+        _check(bool(self.temperatures), "temperature=[] must name at least one temperature")
+
+    @property
+    def temperatures(self) -> list[float]:
+        """The temperatures as a list.
+
+        Raises:
+            InputError: one of them is negative or not a number.
+        """
+        given = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        for value in given:
+            _check(
+                isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
+                f"temperature={value} must be a number, 0 (greedy) or more",
+            )
+        return [float(value) for value in given]
+
+
+@dataclass
+class TrainSamplingConfig(SamplingConfig):
+    """Samples while training."""
+
+    every_n_steps: int = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, **{"sampling.every_n_steps": self.every_n_steps})
+
+
+@dataclass
+class LoggerConfig:
+    """Where curves and samples go besides the run's own folder."""
+
+    name: str = MISSING
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    """Weights & Biases."""
+
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    tags: list[str] = MISSING
+    mode: str | None = MISSING
+    dir: str | None = MISSING
+    log_model: bool = MISSING
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            _one_of("logger.mode", self.mode, ("online", "offline", "disabled"))
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainSchema:
+    """What Hydra composes for `train.py`."""
+
+    seed: int = MISSING
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    early_stopping: EarlyStoppingConfig = MISSING
+    sampling: TrainSamplingConfig = MISSING
+    logger: LoggerConfig = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """All that `train.py` can be told."""
+
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    trainer: dict[str, Any]  # the arguments of Lightning's Trainer that were given
+    early_stopping: EarlyStoppingConfig
+    sampling: TrainSamplingConfig
+    logger: LoggerConfig
+    resolved: dict[str, Any]  # the same as plain values, for the run's folder and the trackers
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> TrainConfig:
+        """Turn what Hydra composed into checked objects.
+
+        Raises:
+            InputError: a value that is missing or out of its bounds.
+        """
+        trainer = {
+            str(key): _plain(cfg.trainer[key]) for key in cfg.trainer if not OmegaConf.is_missing(cfg.trainer, key)
+        }
+        rooms = {name: _object(cfg, name) for name in cls.__annotations__ if name not in ("trainer", "resolved")}
+        resolved = {name: room if isinstance(room, int) else asdict(room) for name, room in rooms.items()}
+        return cls(**rooms, trainer=trainer, resolved={**resolved, "trainer": trainer})
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """All that `sample.py` can be told."""
+
+    checkpoint: str | None = MISSING
+    runs: str = MISSING
+    prompt_file: str | None = MISSING
+    num_samples: int = MISSING
+    seed: int = MISSING
+    stop: str | None = MISSING
+    output: str | None = MISSING
+    device: str = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, num_samples=self.num_samples)
+        _at_least(0, seed=self.seed)
+        _check(self.prompt_file is None or not self.prompt, "give prompt or prompt_file, not both")
+        _check(self.stop != "", "stop='' would stop at once; leave it out to write the whole length")
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> SampleConfig:
+        """Turn what Hydra composed into a checked object.
+
+        Raises:
+            InputError: a value that is missing or out of its bounds.
+        """
+        config = _object(OmegaConf.create({"sample": cfg}), "sample")
+        assert isinstance(config, cls)
+        return config
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _object(cfg: DictConfig, name: str) -> Any:
+    """Return the dataclass object (or plain value) of one node."""
+    try:
+        node = cfg[name]
+        return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+    except MissingMandatoryValue:
+        missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.startswith(name))
+        raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE") from None
+
+
+_SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {"python_docs": PythonDocsConfig, "text": TextConfig, "csv": CsvConfig},
+    "optimizer": {"adam": AdamConfig, "rmsprop": RMSpropConfig, "sgd": SGDConfig},
+    "logger": {"wandb": WandbConfig},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, under the names that conf/ refers to."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainSchema)
+    store.store(name="sample_schema", node=SampleConfig)
+    for group, schemas in _SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=group, name=f"{name}_schema", node=schema)
+    # Tells apart two runs that start in the same second.
+    OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)

@@ -1,0 +1,23 @@
+"""Files that are whole or not there, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one go: whoever reads it finds the old text or the new, never half of one."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as one JSON object a line. JSON has no infinity: as a temperature it becomes the text "inf"."""
+    plain = ({key: str(value) if value == math.inf else value for key, value in row.items()} for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)

@@ -1,0 +1,192 @@
+"""The network as Lightning trains and scores it: loss, optimizer, schedule, the state carried between batches.
+
+Legend: B batch, T window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from charlm.datamodule import CharDataModule
+from charlm.metrics import bits, bootstrap_standard_error
+from charlm.network import CharRNN, State
+from charlm.vocabulary import Vocabulary
+from charlm.windows import Batch
+
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+IGNORED = -100  # a target that cross_entropy passes over
+
+
+class CharLM(L.LightningModule):
+    """A character language model.
+
+    Takes plain values only, so that a checkpoint holds all it needs to be built again and loads without running code.
+
+    Args:
+        symbols: the vocabulary, in the order of the ids.
+        model: the arguments of `CharRNN` but the vocabulary's size.
+        optimizer: `name`, `learning_rate`, `weight_decay` (of matrices only), `schedule` ("cosine" or "constant"),
+            `warmup_steps`, and what the named torch optimizer takes besides.
+        total_steps: optimizer steps that the schedule spans.
+    """
+
+    def __init__(
+        self, symbols: Sequence[str], model: Mapping[str, Any], optimizer: Mapping[str, Any], total_steps: int
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {"symbols": list(symbols), "model": dict(model), "optimizer": dict(optimizer), "total_steps": total_steps}
+        )
+        self.vocabulary = Vocabulary(symbols)
+        self.network = CharRNN(len(self.vocabulary), **model)
+        self.carried: State | None = None  # the training state behind the last batch
+        self.recent_losses: list[Tensor] = []  # of the steps since someone last looked, each a scalar on the device
+        self._evaluated_state: State | None = None
+        self._scores: dict[str, list[Tensor]] = {}
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch, in nats per character."""
+        nats, state = self._score(batch, None if batch.fresh else self.carried)
+        self.carried = _detached(state)
+        loss = nats.mean()
+        self.recent_losses.append(loss.detach())
+        return loss
+
+    def _score(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
+        """Return the loss of each character (B, T), 0 where it does not count, and the state behind the last one."""
+        ids, targets = batch.tokens[:, :-1].long(), batch.tokens[:, 1:].long()  # (B, T) each
+        if batch.lengths is not None:
+            column = torch.arange(targets.shape[1], device=targets.device)
+            targets = targets.masked_fill(column >= batch.lengths[:, None], IGNORED)
+        logits, state = self.network(ids, state)  # (B, T, V)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED)
+        return nats.view_as(targets), state
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer, and its schedule by the step."""
+        options = dict(self.hparams["optimizer"])
+        cls = OPTIMIZERS[options.pop("name")]
+        learning_rate, weight_decay = options.pop("learning_rate"), options.pop("weight_decay")
+        factor = schedule(options.pop("schedule"), options.pop("warmup_steps"), self.hparams["total_steps"])
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = cls(groups, lr=learning_rate, **options)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- validation and test: the whole split in lanes, the state carried from batch to batch -----------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_scoring()
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_scoring()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score_carried(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score_carried(batch)
+        # Beside it, what the same characters cost a network that sees nothing before their window.
+        nats, _ = self._score(batch, None)
+        self._scores["windowed"].append(nats.sum(dim=1))
+
+    def on_validation_epoch_end(self) -> None:
+        nats, _, characters = self._gathered()
+        self._report("val", nats.sum() / characters.sum())
+
+    def on_test_epoch_end(self) -> None:
+        nats, windowed, characters = self._gathered()
+        counts = characters > 0
+        error = bootstrap_standard_error(nats[counts], characters[counts])
+        self._report(
+            "test",
+            nats.sum() / characters.sum(),
+            loss_standard_error=error,
+            bpc_standard_error=bits(error),
+            loss_windowed=windowed.sum() / characters.sum(),
+        )
+
+    def _begin_scoring(self) -> None:
+        self._evaluated_state = None
+        self._scores = {"nats": [], "windowed": [], "characters": []}
+
+    def _score_carried(self, batch: Batch) -> None:
+        assert batch.lengths is not None
+        nats, self._evaluated_state = self._score(batch, None if batch.fresh else self._evaluated_state)
+        self._scores["nats"].append(nats.sum(dim=1))  # (B,)
+        self._scores["characters"].append(batch.lengths)
+
+    def _gathered(self) -> list[np.ndarray]:
+        """Return the loss, the windowed loss and the number of characters of every row of every rank's batches."""
+        # Rows are summed in float64: float32 would round a long text's sum.
+        gathered = []
+        for scores in self._scores.values():
+            ranks = [torch.stack(scores) if scores else torch.empty(0)]  # (batches, B), of the same shape on every rank
+            if self.trainer.world_size > 1:
+                mine = ranks[0].to(self.device)
+                ranks = [torch.empty_like(mine) for _ in range(self.trainer.world_size)]
+                torch.distributed.all_gather(ranks, mine)
+            gathered.append(torch.cat(ranks).double().cpu().numpy().ravel())
+        return gathered
+
+    def _report(self, stage: str, loss: float, **more: float) -> None:
+        bytes_per_character = self._datamodule.corpus.bytes_per_character[stage]
+        values = {"loss": loss, "bpc": bits(loss), "bpb": bits(loss) / bytes_per_character, **more}
+        metrics = {f"{stage}/{name}": float(value) for name, value in values.items()}
+        self.record(metrics)
+        self.log_dict(
+            metrics, logger=False, sync_dist=True
+        )  # for checkpointing, early stopping and the caller of the trainer
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics to every tracker, under the number of optimizer steps taken.
+
+        Not through `self.log`, which costs more than a small network's step and numbers steps from 0.
+        """
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self.global_step)
+
+    @property
+    def _datamodule(self) -> CharDataModule:
+        return cast(CharDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor by optimizer step.
+
+    A linear warm-up, then "constant", or "cosine" down to 0 at `total_steps` (Loshchilov and Hutter, "SGDR", 2017,
+    without its restarts).
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if name == "constant":
+            return 1.0
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def _detached(state: State) -> State:
+    return (state[0].detach(), state[1].detach()) if isinstance(state, tuple) else state.detach()

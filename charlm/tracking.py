@@ -1,0 +1,184 @@
+"""Where a run's curves and samples go: metrics.csv in its folder, always, and Weights & Biases if chosen.
+
+Weights & Biases never asks and never hangs: charlm decides whether it is online before it starts, and gives it limits.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import netrc
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import lightning as L
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from charlm.config import TrainConfig, WandbConfig
+from charlm.run import Run
+
+log = logging.getLogger(__name__)
+
+INIT_TIMEOUT = 15  # seconds to wait for the server at the start; then the run goes on offline
+FINISH_TIMEOUT = 60  # seconds to wait for it at the end; the data are on disk by then
+WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where `wandb login` leaves credentials for, new and old
+
+
+class MetricsFile(Logger):
+    """metrics.csv: one row each time that something is measured, written at once.
+
+    Lightning's CSVLogger deletes the file of a run that resumes; this one goes on with it.
+    """
+
+    COLUMNS = (
+        *("step", "epoch", "train/loss", "train/bpc", "learning_rate", "characters_per_second"),
+        *("val/loss", "val/bpc", "val/bpb"),
+        *("test/loss", "test/loss_standard_error", "test/bpc", "test/bpc_standard_error", "test/bpb"),
+        "test/loss_windowed",
+    )
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: config.yaml lies beside."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({"step": step, **metrics})
+
+
+class WandbTracker(WandbLogger):
+    """A Weights & Biases run with a growing table of samples."""
+
+    SAMPLE_COLUMNS = ("step", "temperature", "prompt", "text")
+
+    def __init__(self, **init: Any) -> None:
+        super().__init__(**init)
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
+        self._samples: Any = None
+
+    @rank_zero_only
+    def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to the table; each has the keys of `SAMPLE_COLUMNS`."""
+        import wandb
+
+        if self._samples is None:
+            # Only an incremental table can be logged again without sending all of it.
+            self._samples = wandb.Table(columns=list(self.SAMPLE_COLUMNS), log_mode="INCREMENTAL")
+        for row in rows:
+            self._samples.add_data(*(row[column] for column in self.SAMPLE_COLUMNS))
+        self.experiment.log({"samples": self._samples, "trainer/global_step": rows[0]["step"]})
+
+    @rank_zero_only
+    def close(self, exit_code: int) -> None:
+        """End the run, as failed if `exit_code` is not 0, and say where it is."""
+        run = self.experiment
+        where = run.url if not run.settings.mode.startswith("off") else None
+        folder = Path(run.dir).parent
+        run.finish(exit_code=exit_code)
+        if where:
+            log.info(f"W&B: {where}")
+        else:
+            log.info(f"W&B: look at it with `wandb leet {folder.parent}`, send it with `wandb sync {folder}`")
+
+
+def wandb_mode(config: WandbConfig) -> tuple[str, str]:
+    """Return the mode that W&B shall run in, and why: what was asked for, else WANDB_MODE, else by credentials."""
+    if config.mode:
+        return config.mode, f"logger.mode={config.mode}"
+    if mode := os.environ.get("WANDB_MODE"):
+        return {"dryrun": "offline", "run": "online"}.get(mode, mode), f"WANDB_MODE={mode}"
+    if source := _credentials():
+        return "online", f"credentials in {source}"
+    return "offline", "no credentials; `wandb login` once, and runs go online"
+
+
+def _credentials() -> str | None:
+    """Return where credentials for W&B are, as wandb itself would look for them, but without asking anyone."""
+    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if os.environ.get(variable):
+            return variable
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        known = netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return None
+    base_url = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(base_url).hostname,) if base_url else WANDB_HOSTS
+    return str(path) if any(host in known for host in hosts) else None
+
+
+def open_wandb(config: WandbConfig, run_dir: Path, resolved: Mapping[str, Any]) -> WandbTracker:
+    """Start (or go on with) the W&B run of a run's folder.
+
+    Args:
+        config: project, group, tags and mode.
+        run_dir: the run's folder, which keeps the id. The data go into `wandb/` beside it, so that one
+            `wandb leet` shows all runs that lie side by side.
+        resolved: the whole configuration as plain values.
+    """
+    import wandb
+
+    id_file = run_dir / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    mode, why = wandb_mode(config)
+    init: dict[str, Any] = {
+        "project": config.project,
+        "entity": config.entity,
+        "group": config.group,
+        "tags": config.tags,
+        "name": run_dir.name,
+        "id": id_file.read_text().strip(),
+        "save_dir": config.dir or run_dir.parent,
+        "log_model": config.log_model and mode == "online",
+        "config": dict(resolved),
+        "settings": wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, silent=True),
+    }
+    tracker = WandbTracker(mode=mode, **init)
+    try:
+        tracker.experiment  # noqa: B018 (starts the run)
+    except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        mode, why = "offline", f"online failed: {' '.join(str(error).split())[:200]}"
+        tracker = WandbTracker(mode=mode, **{**init, "log_model": False})
+        tracker.experiment  # noqa: B018
+    log.info(f"W&B: {mode} ({why})")
+    return tracker
+
+
+@contextmanager
+def tracked(trainer: L.Trainer, config: TrainConfig, run: Run) -> Iterator[None]:
+    """Give a trainer its trackers, and end them with it: as failed where it fails."""
+    trainer.loggers = [MetricsFile(run.metrics)]
+    if not isinstance(config.logger, WandbConfig) or not trainer.is_global_zero:
+        yield
+        return
+    tracker = open_wandb(config.logger, run.folder, config.resolved)
+    trainer.loggers.append(tracker)
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        tracker.close(exit_code)

@@ -1,0 +1,92 @@
+"""Lightning's Trainer, with its complaints in one line and its step budget known before it starts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from charlm.corpus import SPLITS
+from charlm.datamodule import CharDataModule
+from charlm.errors import InputError
+from charlm.module import CharLM
+
+log = logging.getLogger(__name__)
+
+# `describe` says what Lightning would, and the rest of its notes are advertisements. It sets its level when imported.
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+# Lightning 2.6 asks torch 2.13 a question in a way that torch is about to retire.
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
+    """Return a Trainer made from the user's `arguments` and ours.
+
+    Raises:
+        InputError: Lightning refuses the combination, or the machine has no such device.
+    """
+    try:
+        # Our windows are dealt to the ranks as they are made; Lightning's sampler would deal text out letter by letter.
+        return L.Trainer(**arguments, **ours, logger=False, use_distributed_sampler=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        given = ", ".join(f"trainer.{name}={value}" for name, value in arguments.items() if name in _OF_THE_MACHINE)
+        raise InputError(f"{' '.join(str(error).split())} (asked for: {given})") from None
+
+
+_OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")
+
+
+def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
+    """Say in two lines what is about to be trained, on what text, and where."""
+    corpus, config = data.corpus, data.config
+    sizes = " + ".join(f"{corpus.characters(split):,} {split}" for split in SPLITS)
+    unseen = sum(corpus.unknown[split] for split in ("val", "test"))
+    log.info(
+        f"text: {config.source}, {sizes} characters, {len(corpus.vocabulary)} symbols"
+        + (f"; {unseen:,} characters of val and test are not in the training text" if unseen else "")
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    rnn = model.network.rnn
+    batch = f"{config.batch_size} x {config.window} characters"
+    if trainer.world_size > 1:
+        batch += f" on each of {trainer.world_size} devices"
+    log.info(
+        f"model: {model.hparams['model']['cell']}, {rnn.num_layers} x {rnn.hidden_size}, {parameters:,} parameters; "
+        f"{trainer.accelerator.name()}, {trainer.precision}; {model.hparams['total_steps']:,} steps of {batch}"
+    )
+
+
+def describe_result(figures: dict[str, float]) -> str:
+    """Return what a run came to, in one line."""
+    text = f"val {figures['val/loss']:.4f} nats per character"
+    if "test/loss" in figures:
+        text += (
+            "   test {test/loss:.4f} +- {test/loss_standard_error:.4f} nats = {test/bpc:.4f} bits, "
+            "{test/bpb:.4f} bits per byte; {test/loss_windowed:.4f} nats without what came before the window"
+        ).format(**figures)
+    return text
+
+
+def step_budget(trainer: L.Trainer, batches_per_epoch: int) -> int:
+    """Return how many optimizer steps a run takes at most.
+
+    Computed here, since Lightning's own `estimated_stepping_batches` loses the place of a run that resumes.
+
+    Raises:
+        InputError: neither `trainer.max_steps` nor `trainer.max_epochs` sets an end.
+    """
+    limit = trainer.limit_train_batches
+    batches = int(batches_per_epoch * limit) if isinstance(limit, float) else min(batches_per_epoch, limit)
+    budgets = []
+    if trainer.max_steps is not None and trainer.max_steps > 0:
+        budgets.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        budgets.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    if not budgets or not batches:
+        raise InputError("the run would have no steps or no end; set trainer.max_steps or trainer.max_epochs above 0")
+    return min(budgets)

@@ -1,0 +1,88 @@
+"""Characters <-> ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from charlm.errors import InputError
+
+UNKNOWN = "<unk>"  # stands for every character that the training split lacks; it is never generated
+END = "<eos>"  # ends a document
+END_CODE = sys.maxunicode + 1  # where an array of code points needs a place for it
+
+CodePoints = npt.NDArray[np.uint32]
+Ids = npt.NDArray[np.integer]
+
+
+def code_points(text: str) -> CodePoints:
+    """Return the Unicode code points of `text`, shape (len(text),).
+
+    Raises:
+        InputError: a lone surrogate, which is half of a character and belongs to no text.
+    """
+    try:
+        return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not a "
+            "character; decode the source with the encoding that it was written in"
+        ) from None
+
+
+class Vocabulary:
+    """The symbols of a model in the order of their ids.
+
+    A symbol is one character, or one of the special symbols `<unk>` (always id 0) and `<eos>`. A list of strings is the
+    whole of it, so that it can travel in a checkpoint.
+
+    Raises:
+        InputError: a symbol that is neither, a symbol given twice, or no `<unk>` in first place.
+    """
+
+    unknown_id = 0
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        self.symbols = list(symbols)
+        if self.symbols[:1] != [UNKNOWN] or len(set(self.symbols)) != len(self.symbols):
+            raise InputError(f"a vocabulary begins with {UNKNOWN} and names each symbol once")
+        self.end_id = self.symbols.index(END) if END in self.symbols else None
+        # The smallest type that torch can index with: it has kernels for uint8, int16 and int32, for uint16 only some.
+        size = len(self.symbols)
+        self.dtype = np.dtype(np.uint8 if size <= 2**8 else np.int16 if size <= 2**15 else np.int32)
+        self._ids = np.zeros(END_CODE + 1, dtype=self.dtype)  # by code point; `<unk>` where there is none
+        for i, symbol in enumerate(self.symbols[1:], start=1):
+            if symbol != END and len(symbol) != 1:
+                raise InputError(f"{symbol!r} is neither one character nor {UNKNOWN} or {END}")
+            self._ids[END_CODE if symbol == END else ord(symbol)] = i
+
+    @classmethod
+    def of(cls, codes: Iterable[CodePoints]) -> Vocabulary:
+        """Return the vocabulary of all that occurs in `codes`, in the order of the code points, `<eos>` at the end."""
+        counts = np.zeros(END_CODE + 1, dtype=np.int64)
+        for part in codes:
+            counts += np.bincount(part, minlength=END_CODE + 1)
+        found = np.flatnonzero(counts)
+        return cls([UNKNOWN, *(END if code == END_CODE else chr(code) for code in found)])
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode_codes(self, codes: CodePoints) -> Ids:
+        """Return the ids of code points, same shape; what is not in the vocabulary becomes `<unk>`."""
+        return self._ids[codes]
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of `text`, shape (len(text),); a character not in the vocabulary becomes `<unk>`."""
+        return self.encode_codes(code_points(text))
+
+    def missing(self, text: str) -> list[str]:
+        """Return the characters of `text` that are not in the vocabulary, each once, in order."""
+        return sorted({text[i] for i in np.flatnonzero(self.encode(text) == self.unknown_id)})
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; special symbols appear by their names."""
+        return "".join(self.symbols[i] for i in ids)

@@ -1,0 +1,95 @@
+"""Write text with a trained model: `python sample.py prompt="Today "`, `--help`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from charlm import commandline
+from charlm.config import SampleConfig, register
+from charlm.console import heading, printable
+from charlm.errors import InputError
+from charlm.files import json_lines, write_whole
+
+log = logging.getLogger("charlm")
+
+
+def sample(config: SampleConfig) -> list[dict[str, object]]:
+    """Draw texts at each temperature and print them as they grow.
+
+    Returns:
+        A row for each text: checkpoint, temperature, sample, seed, prompt, text.
+
+    Raises:
+        InputError: no checkpoint, an unreadable one, or a prompt that the model cannot read. Nothing is written then.
+    """
+    # Here, so that --help and a mistyped setting are answered without waiting for torch.
+    from charlm.checkpoint import find_checkpoint, find_device, open_checkpoint
+    from charlm.generate import Sampler, prompt_ids
+
+    device = find_device(config.device)
+    path = find_checkpoint(config.checkpoint, Path(config.runs))
+    model = open_checkpoint(path)
+    prompt = read_prompt(config)
+    ids = prompt_ids(model.vocabulary, prompt, config.on_unknown)
+    sampler = Sampler(model.network.to(device), model.vocabulary, config.top_k, config.top_p)
+    rows: list[dict[str, object]] = []
+    for temperature in config.temperatures:
+        texts = [""] * config.num_samples
+        seeds = [(config.seed, number) for number in range(config.num_samples)]
+        alone = config.num_samples == 1
+        if alone:
+            print(f"--- {heading(temperature)} ---\n{printable(prompt)}", end="", flush=True)
+        for pieces in sampler.grow(ids, config.length, [temperature] * len(seeds), seeds, config.stop):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            if alone:
+                print(printable(pieces[0]), end="", flush=True)
+        if alone:
+            print()
+        for number, text in enumerate(texts):
+            if not alone:
+                print(
+                    f"--- {heading(temperature)}, sample {number + 1} of {len(texts)} ---\n{printable(prompt + text)}"
+                )
+            rows.append(
+                {"checkpoint": str(path), "temperature": temperature, "seed": config.seed, "sample": number}
+                | {"prompt": prompt, "text": text}
+            )
+    return rows
+
+
+def read_prompt(config: SampleConfig) -> str:
+    """Return the prompt: as given, or what a file (or "-", the standard input) holds, to its last newline.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8.
+    """
+    if config.prompt_file is None:
+        return config.prompt
+    try:
+        content = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read prompt_file={config.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt_file={config.prompt_file} is not UTF-8 at byte {error.start}") from None
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="sample")
+def main(cfg: DictConfig) -> None:
+    config = SampleConfig.of(cfg)
+    output = Path(config.output) if config.output else None
+    if output and not output.parent.is_dir():
+        raise InputError(f"output={output} cannot be written: there is no folder {output.parent}")
+    rows = sample(config)
+    if output:
+        write_whole(output, json_lines(rows))
+
+
+if __name__ == "__main__":
+    register()
+    commandline.run(main, text_keys=("checkpoint", "output", "prompt", "prompt_file", "runs", "stop"))

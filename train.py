@@ -1,0 +1,95 @@
+"""Train a character language model: `python train.py`, `python train.py model=gru trainer.devices=2`, `--help`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from charlm import commandline
+from charlm.config import TrainConfig, register
+from charlm.errors import InputError
+
+log = logging.getLogger("charlm")
+
+
+def train(config: TrainConfig, folder: Path) -> float:
+    """Train, test and sample one model; go on with what `folder` holds of it.
+
+    Args:
+        config: what to train on what, and how.
+        folder: where the run is kept; see charlm/run.py.
+
+    Returns:
+        The lowest validation loss, in nats per character.
+
+    Raises:
+        InputError: something in the configuration cannot work. Nothing is written then.
+    """
+    # Here, so that --help and a mistyped setting are answered without waiting for torch.
+    import lightning as L
+    from lightning.pytorch.utilities import rank_zero_only
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from charlm.callbacks import build_callbacks
+    from charlm.datamodule import CharDataModule
+    from charlm.generate import prompt_ids
+    from charlm.module import CharLM
+    from charlm.run import Run
+    from charlm.tracking import tracked
+    from charlm.trainer import build_trainer, describe, describe_result, step_budget
+
+    if rank_zero_only.rank != 0:
+        log.setLevel(logging.ERROR)  # the first rank speaks for all
+    run = Run(folder, config.resolved)
+    if run.completed:
+        log.info(f"{folder} is complete, val {run.result['val/loss']:.4f} nats; to train anew, choose another folder")
+        return float(run.result["val/loss"])
+
+    L.seed_everything(config.seed, verbose=False)
+    data = CharDataModule(config.data, config.seed)
+    data.setup()
+    vocabulary = data.corpus.vocabulary
+    prompt_ids(vocabulary, config.sampling.prompt, config.sampling.on_unknown)  # refused now, not at the first sample
+    arguments = {"enable_progress_bar": sys.stdout.isatty(), **config.trainer}
+    callbacks = build_callbacks(config, run, progress_bar=arguments["enable_progress_bar"])
+    trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
+    total_steps = step_budget(trainer, data.steps_per_epoch(trainer.world_size))
+    model = CharLM(vocabulary.symbols, asdict(config.model), asdict(config.optimizer), total_steps)
+    describe(model, data, trainer)
+
+    run.begin()
+    with run.recorded(), tracked(trainer, config, run):
+        with logging_redirect_tqdm():  # log lines above the progress bar, not through it
+            trainer.fit(model, data, ckpt_path=run.last_checkpoint, weights_only=True)
+            trainer.test(model, data, callbacks.best.best_model_path or None, verbose=False, weights_only=True)
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        figures["val/loss"] = float(callbacks.best.best_model_score or math.nan)
+        run.complete(figures)
+    log.info(describe_result(figures))
+    log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
+    return figures["val/loss"]
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return train(TrainConfig.of(cfg), folder)
+    except InputError as error:
+        commandline.remove_if_empty(folder)
+        if HydraConfig.get().mode == RunMode.RUN:
+            commandline.refuse(error)
+        raise  # a sweep goes on with its other jobs, and names this one at its end
+
+
+if __name__ == "__main__":
+    register()
+    commandline.run(main, text_keys=("data.path", "sampling.prompt", "hydra.run.dir"))
