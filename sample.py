@@ -81,13 +81,14 @@ def read_prompt(config: SampleConfig) -> str:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="sample")
 def main(cfg: DictConfig) -> None:
-    config = SampleConfig.of(cfg)
-    output = Path(config.output) if config.output else None
-    if output and not output.parent.is_dir():
-        raise InputError(f"output={output} cannot be written: there is no folder {output.parent}")
-    rows = sample(config)
-    if output:
-        write_whole(output, json_lines(rows))
+    with commandline.job():
+        config = SampleConfig.of(cfg)
+        output = Path(config.output) if config.output else None
+        if output and not output.parent.is_dir():
+            raise InputError(f"output={output} cannot be written: there is no folder {output.parent}")
+        rows = sample(config)
+        if output:
+            write_whole(output, json_lines(rows))
 
 
 if __name__ == "__main__":

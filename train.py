@@ -9,13 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from charlm import commandline
 from charlm.config import TrainConfig, register
-from charlm.errors import InputError
 
 log = logging.getLogger("charlm")
 
@@ -69,7 +66,8 @@ def train(config: TrainConfig, folder: Path) -> float:
     with run.recorded(), tracked(trainer, config, run):
         with logging_redirect_tqdm():  # log lines above the progress bar, not through it
             trainer.fit(model, data, ckpt_path=run.last_checkpoint, weights_only=True)
-            trainer.test(model, data, callbacks.best.best_model_path or None, verbose=False, weights_only=True)
+            judge = trainer.test if data.corpus.characters("test") else trainer.validate
+            judge(model, data, callbacks.best.best_model_path or None, verbose=False, weights_only=True)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         figures["val/loss"] = float(callbacks.best.best_model_score or math.nan)
         run.complete(figures)
@@ -80,14 +78,8 @@ def train(config: TrainConfig, folder: Path) -> float:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with commandline.job() as folder:
         return train(TrainConfig.of(cfg), folder)
-    except InputError as error:
-        commandline.remove_if_empty(folder)
-        if HydraConfig.get().mode == RunMode.RUN:
-            commandline.refuse(error)
-        raise  # a sweep goes on with its other jobs, and names this one at its end
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, TrainSamplingConfig
@@ -105,8 +106,6 @@ class TrainingLog(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()
         val = trainer.callback_metrics
-        if "val/loss" not in val:
-            return
         train = "train {train/loss:.4f}   ".format(**self._last) if self._last else ""
         speed = (
             "   rate {learning_rate:.1e}   {characters_per_second:,.0f} chars/s".format(**self._last)
@@ -135,9 +134,9 @@ class FinalValidation(L.Callback):
 
 
 class Samples(L.Callback):
-    """Text from the network every `every_n_steps` optimizer steps, greedy and at each temperature; and at the end, when
-    the test has loaded the best checkpoint, from that.
+    """Text from the network every `every_n_steps` optimizer steps, greedy and at each temperature.
 
+    And once more at the end, when the test has loaded the best checkpoint.
     Each sample goes to the console, to samples.jsonl and to every tracker that takes tables.
     """
 
@@ -161,6 +160,10 @@ class Samples(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module, "the best checkpoint")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # instead of a test, where there is no test split
+            self._write(trainer, pl_module, "the best checkpoint")
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, source: str) -> None:

@@ -61,7 +61,9 @@ def open_checkpoint(path: Path) -> CharLM:
         raise InputError(f"checkpoint={path} does not exist; a run keeps its own in RUN/checkpoints/best.ckpt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:
+        raise _refusal(path, "it is not one, or holds more than tensors and plain values, such as code") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _refusal(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
         raise _refusal(path, "it holds no weights with their sizes")

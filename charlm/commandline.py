@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -33,19 +37,30 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
         refuse(error)
 
 
-def refuse(error: Exception) -> None:
+def refuse(error: Exception) -> NoReturn:
     """Print what is wrong with the input, in one line, and exit with code 2."""
     print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
     raise SystemExit(BAD_INPUT)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Take back a folder that Hydra made for a run that was refused, and the one above it if nothing else is in it."""
-    for path in (folder, folder.parent):
-        try:
-            path.rmdir()
-        except OSError:  # it holds something
-            return
+@contextmanager
+def job() -> Iterator[Path]:
+    """Around a job that Hydra runs; gives its folder.
+
+    Bad input takes back the empty folder that Hydra made, and ends the program; in a sweep it is raised, so that the
+    other jobs go on.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        yield folder
+    except InputError as error:
+        if folder != Path.cwd():
+            with suppress(OSError):  # raised where a folder holds something
+                folder.rmdir()
+                folder.parent.rmdir()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        refuse(error)
 
 
 def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
@@ -66,6 +81,8 @@ def _one_line(error: Exception) -> str:
             options = [option for option in cause.options or () if not option.endswith("_schema")]
             choices = f"; choose from {', '.join(options)}" if options else ""
             text = f"there is no {cause.missing_cfg_file} in conf/{choices}"
+        case OverrideParseException() if "=" not in cause.override:
+            text = f"{cause.override!r} is not of the form name=value"
         case OverrideParseException():
             text = f"cannot read {cause.override!r}: {_first_line(cause.message)}; quote the value, as in 'key=\"a b\"'"
         case ConfigAttributeError() | ConfigKeyError() if cause.full_key:
@@ -83,6 +100,8 @@ def _first_line(text: str) -> str:
 
 def _nearest(error: OmegaConfBaseException) -> str:
     """Name the setting that was probably meant."""
+    if error.full_key == "data.path":
+        return " with data=python_docs; choose data=text or data=csv with it"
     parent = error.parent_node
     names = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
     near = difflib.get_close_matches(str(error.key), names, n=1)
