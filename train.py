@@ -84,4 +84,6 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     register()
-    commandline.run(main, text_keys=("data.path", "sampling.prompt", "hydra.run.dir"))
+    commandline.run(
+        main, text_keys=("data.path", "data.separator", "data.delimiter", "sampling.prompt", "hydra.run.dir")
+    )

@@ -1,0 +1,169 @@
+"""Windows and the orders in which they come."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from charlm.errors import InputError
+from charlm.windows import (
+    Batch,
+    Batches,
+    LaneBatches,
+    Permutation,
+    ShuffledBatches,
+    Windows,
+    evaluation_lanes,
+    gather,
+    stream_lanes,
+)
+
+BLOCK = torch.arange(200)  # ids that say where they stand
+
+
+def rows(batches: Batches) -> list[list[int]]:
+    return [row for batch in batches for row in batch.tokens.tolist()]
+
+
+@pytest.mark.parametrize(("length", "window"), [(11, 10), (50, 10), (50, 1), (101, 100)])
+def test_a_text_of_length_l_has_l_minus_n_windows_and_they_are_its_slices(length: int, window: int) -> None:
+    windows = Windows([(0, length)], window)
+    assert len(windows) == length - window
+    starts = torch.from_numpy(windows.starts(np.arange(len(windows))))
+    assert gather(BLOCK, starts, window).tolist() == [list(range(i, i + window + 1)) for i in range(length - window)]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 100])
+def test_windows_begin_every_stride_and_cross_no_boundary(stride: int) -> None:
+    segments = [(0, 30), (30, 35), (35, 36), (50, 90)]
+    windows = Windows(segments, 9, stride)
+    starts = windows.starts(np.arange(len(windows))).tolist()
+    assert starts == [s for a, b in segments for s in range(a, b - 9, stride)]
+
+
+def test_segments_shorter_than_a_window_have_none() -> None:
+    assert len(Windows([(0, 5), (5, 15)], 10)) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 255, 256, 257, 5000])
+def test_an_order_is_a_permutation(size: int) -> None:
+    assert sorted(Permutation(size, (1, 2))(np.arange(size)).tolist()) == list(range(size))
+
+
+def shuffled(
+    batch_size: int = 8, seed: int = 0, rank: int = 0, world_size: int = 1, length: int = 90
+) -> ShuffledBatches:
+    return ShuffledBatches(BLOCK, Windows([(0, length)], 10), batch_size, seed, rank, world_size)
+
+
+def test_an_epoch_is_every_window_once_in_batches_of_one_size() -> None:
+    batches = shuffled()
+    seen = rows(batches)
+    assert len(batches) == 10
+    assert sorted(row[0] for row in seen) == list(range(80))
+    assert all(row == list(range(row[0], row[0] + 11)) for row in seen)
+
+
+def test_what_does_not_fill_a_batch_is_left_out_and_differs_by_epoch() -> None:
+    batches = shuffled(length=87)
+    left_out = [set(range(77)) - {row[0] for row in rows(batches)} for _ in range(2)]
+    assert [len(left) for left in left_out] == [5, 5]
+    assert left_out[0] != left_out[1]
+
+
+def test_another_epoch_or_seed_is_another_order() -> None:
+    batches = shuffled()
+    first, second = rows(batches), rows(batches)
+    assert first != second
+    assert first != rows(shuffled(seed=1))
+    assert first == rows(shuffled())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_together_read_each_batch_of_one_process_once(world_size: int) -> None:
+    alone = list(shuffled(batch_size=3 * world_size, length=100))
+    together = [list(shuffled(3, rank=rank, world_size=world_size, length=100)) for rank in range(world_size)]
+    for step, batch in enumerate(alone):
+        parts = torch.cat([together[rank][step].tokens for rank in range(world_size)])
+        assert parts.tolist() == batch.tokens.tolist()
+
+
+@pytest.mark.parametrize("taken", [0, 4, 10, 13])
+def test_a_restored_place_goes_on_as_if_never_left(taken: int) -> None:
+    undisturbed, left = shuffled(), shuffled()
+    expected = rows(undisturbed) + rows(undisturbed)
+    found: list[list[int]] = []
+    iterator = iter(left)
+    for count in range(taken):
+        if count and count % len(left) == 0:
+            iterator = iter(left)
+        found += next(iterator).tokens.tolist()
+    resumed = shuffled()
+    resumed.load_state_dict(left.state_dict())
+    while len(found) < len(expected):
+        found += rows(resumed)
+    assert found == expected
+
+
+def scored(batches: list[Batch]) -> list[int]:
+    """Return every target that counts."""
+    targets = []
+    for batch in batches:
+        assert batch.lengths is not None
+        for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+            targets += row[1 : length + 1]
+    return targets
+
+
+@pytest.mark.parametrize("segments", [[(0, 200)], [(0, 101), (101, 103), (103, 104), (110, 200)], [(3, 5)]])
+@pytest.mark.parametrize("lanes", [1, 4, 7])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluation_scores_every_character_but_each_lanes_first_once(
+    segments: list[tuple[int, int]], lanes: int, world_size: int
+) -> None:
+    cut = evaluation_lanes(segments, lanes)
+    found = Counter[int]()
+    for rank in range(world_size):
+        found.update(scored(list(LaneBatches(BLOCK, cut, lanes, 8, rank, world_size))))
+    whole = {i for start, stop in segments for i in range(start, stop) if stop - start > 1}
+    assert set(found.values()) == {1}
+    assert set(found) == whole - {start for start, _ in cut}
+
+
+def test_evaluation_carries_on_within_a_lane_and_begins_anew_with_another() -> None:
+    batches = list(LaneBatches(BLOCK, [(0, 60), (60, 120), (120, 140)], 2, 20))
+    assert [batch.fresh for batch in batches] == [True, False, False, True]
+    first, second = batches[0].tokens, batches[1].tokens
+    assert first[:, -1].tolist() == second[:, 0].tolist()
+
+
+def test_ranks_evaluate_batches_of_one_shape() -> None:
+    cut = evaluation_lanes([(0, 200)], 5)
+    shapes = [[len(batch.tokens) for batch in LaneBatches(BLOCK, cut, 5, 8, rank, 2)] for rank in (0, 1)]
+    assert shapes[0] == shapes[1]
+
+
+def test_streams_go_on_where_they_were_and_read_whole_windows() -> None:
+    lanes = stream_lanes([(0, 200)], 4, 10)
+    batches = list(LaneBatches(BLOCK, lanes, 4, 10))
+    assert [stop - start for start, stop in lanes] == [41] * 4
+    assert [batch.fresh for batch in batches] == [True, False, False, False]
+    for before, after in zip(batches[:-1], batches[1:], strict=True):
+        assert before.tokens[:, -1].tolist() == after.tokens[:, 0].tolist()
+        assert before.lengths is not None
+        assert before.lengths.tolist() == [10] * 4
+
+
+def test_streams_share_lanes_out_by_length() -> None:
+    lanes = stream_lanes([(0, 150), (150, 200)], 4, 5)
+    assert [sum(a >= start and b <= stop for a, b in lanes) for start, stop in [(0, 150), (150, 200)]] == [3, 1]
+
+
+def test_streams_refuse_what_leaves_no_window() -> None:
+    with pytest.raises(InputError, match="shorter than data.window"):
+        stream_lanes([(0, 30)], 4, 10)
+    with pytest.raises(InputError, match="must not be joined"):
+        stream_lanes([(0, 30), (30, 60), (60, 90)], 2, 10)
