@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,18 @@ def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, pr
     ends: list[int] = []
     splits: list[str | None] = []
     begun = 0
-    for piece in pieces:
-        writer.write(code_points(piece.text))
-        if piece.ends and writer.length > begun:
-            writer.write(behind)
-            begun = writer.length
-            ends.append(begun)
-            splits.append(piece.split)
-        progress.update(piece.size)
+    with closing(writer):
+        for piece in pieces:
+            writer.write(code_points(piece.text))
+            if piece.ends and writer.length > begun:
+                writer.write(behind)
+                begun = writer.length
+                ends.append(begun)
+                splits.append(piece.split)
+            progress.update(piece.size)
     alphabet = np.zeros(1 + len(writer.codes), dtype=np.int64)
     alphabet[1:] = writer.codes
-    return Draft(writer.close(), alphabet, np.array(ends, dtype=np.int64), splits)
+    return Draft(writer.block(), alphabet, np.array(ends, dtype=np.int64), splits)
 
 
 class _Writer:
@@ -111,11 +113,15 @@ class _Writer:
                 part.astype(dtype).tofile(self._file)
         narrow.unlink()
 
-    def close(self) -> Ids:
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def block(self) -> Ids:
+        """Return all that was written, in one type."""
         dtype = self._ids.dtype
-        if not self._file or not self._path:
+        if not self._path:
             return np.concatenate([np.empty(0, dtype), *(part.astype(dtype, copy=False) for part in self._parts)])
-        self._file.close()
         return np.memmap(self._path, dtype=dtype, mode="r+") if self.length else np.empty(0, dtype)
 
 
