@@ -86,7 +86,7 @@ def _key(source: Source) -> str:
     if source.config.split != "stream_tail":
         del settings["batch_size"]  # there it is the number of rows
     text = json.dumps([_FORMAT, settings, source.digest()], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _build(source: Source, file: Path | None) -> tuple[Ids, dict[str, Any]]:

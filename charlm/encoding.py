@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from charlm.sources import Piece
-from charlm.vocabulary import END, END_CODE, CodePoints, Ids, code_points
+from charlm.vocabulary import END, END_CODE, CodePoints, Ids, code_points, looked_up
 
 CHUNK = 2**22  # characters changed or counted at a time
 
@@ -80,13 +80,13 @@ class _Writer:
         self._file = file.open("wb") if file else None
 
     def write(self, codes: CodePoints) -> None:
-        ids = self._ids[codes]
+        ids = looked_up(self._ids, codes)
         if not ids.all():
             for code in np.unique(codes[ids == 0]):
                 self.codes.append(int(code))
                 self._make_room()
                 self._ids[code] = len(self.codes)
-            ids = self._ids[codes]
+            ids = looked_up(self._ids, codes)
         self.length += len(ids)
         if self._file:
             ids.tofile(self._file)
@@ -164,10 +164,9 @@ def count(block: Ids, ranges: Iterable[tuple[int, int]], symbols: int) -> npt.ND
 
 def relabel(block: Ids, ids: npt.NDArray[Any]) -> None:
     """Change each id of a block to what `ids` has at its place, in the block itself."""
-    table = np.zeros(max(len(ids), 2**8 if block.dtype == np.uint8 else 0), dtype=block.dtype)
-    table[: len(ids)] = ids
+    table = ids.astype(block.dtype)
     for chunk in _chunks(block, 0, len(block)):
-        np.take(table, chunk, out=chunk, mode="clip")  # "raise" would copy the chunk first
+        chunk[:] = looked_up(table, chunk)
 
 
 def _chunks(block: Ids, start: int, stop: int) -> Iterator[Ids]:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from charlm.config import AgNewsConfig, CsvConfig, DataConfig, JsonlConfig, PythonDocsConfig, TextConfig
 from charlm.errors import InputError
 
-_CHUNK = 2**20  # bytes read at a time: more leaves the cache of the processor, less costs calls
+_CHUNK = 2**17  # bytes read at a time: more leaves the cache of the processor, less costs calls
 _COMPRESSED = (".gz", ".bz2", ".zst")
 _EXPANSION = 16  # how much larger than its file a compressed text may well be
 
@@ -58,11 +58,11 @@ class Source:
         return sum(path.stat().st_size * (_EXPANSION if _is_compressed(path) else 1) for path, _ in self.files)
 
     def digest(self) -> str:
-        """Return a hash of what the files hold (BLAKE2b), 32 hexadecimal digits."""
-        whole = hashlib.blake2b(digest_size=16)
+        """Return a hash of what the files hold (SHA-256)."""
+        whole = hashlib.sha256()
         for path, split in self.files:
             with _opened(path) as file:
-                whole.update(hashlib.file_digest(file, "blake2b").digest() + (split or "").encode())
+                whole.update(hashlib.file_digest(file, "sha256").digest() + (split or "").encode())
             whole.update(path.suffix.encode() if _is_compressed(path) else b"")
         return whole.hexdigest()
 
