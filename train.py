@@ -84,4 +84,4 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     register()
-    commandline.run(main, text_keys=("data.path", "sampling.prompt", "hydra.run.dir"))
+    commandline.run(main, text_keys=("data.path", "data.cache_dir", "sampling.prompt", "hydra.run.dir"))
