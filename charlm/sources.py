@@ -213,35 +213,49 @@ def _opened(path: Path) -> BufferedReader:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
-    match path.suffix:
-        case ".gz":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        case ".bz2":
-            return cast(BinaryIO, bz2.BZ2File(file))
-        case ".zst":
-            import zstandard
+def _unpacked(path: Path, file: BufferedReader) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        yield from _zstandard(file)
+        return
+    unpacked: BinaryIO = file
+    if path.suffix == ".gz":
+        unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    elif path.suffix == ".bz2":
+        unpacked = cast(BinaryIO, bz2.BZ2File(file))
+    while chunk := unpacked.read(_CHUNK):
+        yield chunk
 
-            return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return file
+
+def _zstandard(file: BufferedReader) -> Iterator[bytes]:
+    """Unpack frame after frame. The library's own reader takes a frame that is cut off for one that has ended."""
+    import zstandard
+
+    frame = None
+    while packed := file.read(2**12):  # a few bytes may unpack to many: taken in small parts
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                chunk = frame.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise zlib.error(str(error)) from None  # what gzip raises
+            if chunk:
+                yield chunk
+            packed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends within a frame")
 
 
 def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield what a file holds, unpacked, and how many bytes of the file were read for it."""
-    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.suffix == ".zst":
-        import zstandard
-
-        broken = (*broken, zstandard.ZstdError)
     with _opened(path) as file:
         read = 0
         try:
-            unpacked = _unpacked(path, file)
-            while chunk := unpacked.read(_CHUNK):
+            for chunk in _unpacked(path, file):
                 position = file.tell()
                 yield chunk, position - read
                 read = position
-        except broken as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path} cannot be unpacked: {error}; it is cut off or damaged") from None
         except OSError as error:  # bzip2 says its faults so too
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None

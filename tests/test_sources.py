@@ -125,20 +125,14 @@ def test_a_compressed_file_is_the_text_in_it(tmp_path: Path, suffix: str) -> Non
     assert written(text(packed)) == written(text(tmp_path / "plain.txt")) == content
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2"])
+@pytest.mark.parametrize("suffix", PACK)
 def test_a_compressed_file_that_is_cut_off_or_not_one_is_refused(tmp_path: Path, suffix: str) -> None:
-    whole = PACK[suffix](np.random.default_rng(0).integers(97, 123, 5000).astype(np.uint8).tobytes())
+    whole = PACK[suffix](np.random.default_rng(0).integers(97, 123, 400_000).astype(np.uint8).tobytes())
     path = tmp_path / f"text{suffix}"
     for content in (whole[: len(whole) // 2], b"not compressed at all"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=str(path)):
             text(path)
-
-
-def test_zstandard_rubbish_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.zst").write_bytes(b"not compressed at all")
-    with pytest.raises(InputError, match="cannot be unpacked"):
-        text(tmp_path / "text.zst")
 
 
 def test_rows_of_any_length_are_read_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
