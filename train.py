@@ -84,6 +84,5 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     register()
-    commandline.run(
-        main, text_keys=("data.path", "data.separator", "data.delimiter", "sampling.prompt", "hydra.run.dir")
-    )
+    files = ("data.path", "data.cache_dir", "hydra.run.dir")
+    commandline.run(main, text_keys=(*files, "data.separator", "data.delimiter", "sampling.prompt"))

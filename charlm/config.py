@@ -46,6 +46,7 @@ class DataConfig:
     """What every source of text has: how it is split, cut into windows and put into batches."""
 
     source: str = MISSING
+    cache_dir: str | None = MISSING
     split: str = MISSING
     split_seed: int = MISSING
     fractions: list[float] = MISSING
@@ -57,7 +58,7 @@ class DataConfig:
     eval_lanes: int = MISSING
 
     def __post_init__(self) -> None:
-        _one_of("data.split", self.split, ("contiguous", "documents"))
+        _one_of("data.split", self.split, ("contiguous", "documents", "source", "stream_tail"))
         _one_of("data.order", self.order, ("shuffled", "streams"))
         _check(
             len(self.fractions) == 3
@@ -113,6 +114,20 @@ class CsvConfig(TextConfig):
             f"data.columns={self.columns} must list columns by number (from 0) or by name",
         )
         _check(len(self.delimiter) == 1, f"data.delimiter={self.delimiter!r} must be one character")
+
+
+@dataclass
+class JsonlConfig(TextConfig):
+    """JSON lines: one document a line, a field of the object that stands there."""
+
+    field: str = MISSING
+
+
+@dataclass
+class AgNewsConfig(DataConfig):
+    """AG News, downloaded or from a folder: see charlm/ag_news.py."""
+
+    path: str | None = MISSING
 
 
 # --- model and optimizer ------------------------------------------------------------------------------------------
@@ -422,7 +437,13 @@ def _object(cfg: DictConfig, name: str) -> Any:
 
 
 _SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {"python_docs": PythonDocsConfig, "text": TextConfig, "csv": CsvConfig},
+    "data": {
+        "python_docs": PythonDocsConfig,
+        "text": TextConfig,
+        "csv": CsvConfig,
+        "jsonl": JsonlConfig,
+        "ag_news": AgNewsConfig,
+    },
     "optimizer": {"adam": AdamConfig, "rmsprop": RMSpropConfig, "sgd": SGDConfig},
     "logger": {"wandb": WandbConfig},
 }

@@ -1,6 +1,6 @@
-"""Where text comes from: a source's documents -> three splits -> one encoded token block.
+"""A source's documents -> three splits -> one encoded token block.
 
-    documents    "To be"  "or not"  "to be"          strings, from files, a table, Python's own reference
+    documents    "To be"  "or not"  "to be"          pieces of text, from a source
     block        T o   b e \n o r   n o t \n t o ...  one array of ids, the whole text
     segments     [---- train ----)[-- val --)[ test)  (start, stop) in the block; a split is a list of them
 
@@ -9,24 +9,37 @@ Splitting comes before windowing: no window of one split holds a character of an
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
+import hashlib
+import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
 
-from charlm.config import CsvConfig, DataConfig, PythonDocsConfig, TextConfig
+from charlm.cache import cache_folder, cached_block
+from charlm.config import DataConfig
+from charlm.encoding import Draft, count, encode, relabel, reorder
 from charlm.errors import InputError
-from charlm.vocabulary import END, END_CODE, CodePoints, Ids, Vocabulary, code_points
+from charlm.sources import Source, find_source
+from charlm.vocabulary import END, END_CODE, Ids, Vocabulary
 
 SPLITS = ("train", "val", "test")
 
 Segment = tuple[int, int]  # (start, stop), in characters of the block
+
+# From this size on a text is encoded into a file of the cache. What is smaller is encoded each time, in half a second.
+CACHED_FROM = 2**26
+_FORMAT = 1  # of the cache; to be raised where the same text and settings come to other ids
+
+# What decides windows and batches, not the block.
+_AFTER_ENCODING = ("path", "cache_dir", "window", "stride", "order", "eval_lanes")
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Corpus:
     """An encoded text, and where its splits lie in it."""
 
     vocabulary: Vocabulary
-    block: Ids  # shape (characters,)
+    block: Ids  # shape (characters,); memory-mapped where the text is large
     segments: dict[str, list[Segment]]  # of each split
     bytes_per_character: dict[str, float]  # of each split's text in UTF-8
     unknown: dict[str, int]  # characters of each split that training never saw
@@ -47,142 +60,117 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """Read the source that `config` names, split it, and encode it with the vocabulary of its training split.
 
+    A large text is read once: its block is kept in the cache, and found there by what the text holds.
+
     Raises:
         InputError: the source is missing, holds no text, or is not text in the encoding named.
     """
-    documents = [code_points(text) for text in _documents(config) if text]
-    if not documents:
+    source = find_source(config)
+    build = partial(_build, source)
+    if source.likely_characters < CACHED_FROM:
+        block, facts = build(None)
+    else:
+        block, facts = cached_block(cache_folder(config.cache_dir), _key(source), lambda file: build(file)[1])
+    return Corpus(
+        Vocabulary(facts["symbols"]),
+        block,
+        {split: [(a, b) for a, b in segments] for split, segments in facts["segments"].items()},
+        facts["bytes_per_character"],
+        facts["unknown"],
+    )
+
+
+def _key(source: Source) -> str:
+    """Return what tells a block from every other: a hash of the text and of the settings that it is encoded by."""
+    settings = {name: value for name, value in asdict(source.config).items() if name not in _AFTER_ENCODING}
+    if source.config.split != "stream_tail":
+        del settings["batch_size"]  # there it is the number of rows
+    text = json.dumps([_FORMAT, settings, source.digest()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _build(source: Source, file: Path | None) -> tuple[Ids, dict[str, Any]]:
+    """Read, split and encode; return the block and, in plain values, all else that a corpus is."""
+    config = source.config
+    size = source.size
+    shown = sys.stderr.isatty() and source.likely_characters >= CACHED_FROM
+    with tqdm(total=size, unit="B", unit_scale=True, desc="encoding", disable=not shown) as progress:
+        draft = encode(source.pieces(), config.separator, file, progress)
+    if not len(draft.block):
         raise InputError(f"data={config.source} holds no text{f' in {config.path}' if hasattr(config, 'path') else ''}")
-    if config.split == "documents":
-        documents = _shuffled(documents, config.split_seed)
-    codes, ends = _join(documents, config.separator)
-    cuts = _cuts(len(codes), config.fractions)
-    if config.split == "documents":
-        cuts = [0, *(int(ends[np.abs(ends - cut).argmin()]) for cut in cuts[1:-1]), len(codes)]
-    segments = {
-        split: _segments(start, stop, ends if config.separator is None else None)
-        for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True)
+    segments = _split(draft, config)
+    counts = {split: count(draft.block, _merged(segments[split]), len(draft.alphabet)) for split in SPLITS}
+    vocabulary = Vocabulary.of([draft.alphabet[counts["train"] > 0]])
+    ids = vocabulary.encode_codes(draft.alphabet)
+    relabel(draft.block, ids)
+    if file:
+        os.truncate(file, draft.block.nbytes)  # the separator that stood behind the last document
+    width = _utf8_width(draft.alphabet)
+    characters = {split: max(int(counts[split].sum()), 1) for split in SPLITS}
+    return draft.block, {
+        "dtype": draft.block.dtype.name,
+        "length": len(draft.block),
+        "symbols": vocabulary.symbols,
+        "segments": segments,
+        "bytes_per_character": {split: int(counts[split] @ width) / characters[split] for split in SPLITS},
+        "unknown": {split: int(counts[split][ids == vocabulary.unknown_id].sum()) for split in SPLITS},
     }
-    vocabulary = Vocabulary.of(codes[start:stop] for start, stop in segments["train"])
-    block = vocabulary.encode_codes(codes)
-    bytes_per_character, unknown = {}, {}
-    for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
-        bytes_per_character[split] = _utf8_bytes(codes[start:stop]) / max(stop - start, 1)
-        unknown[split] = int((block[start:stop] == vocabulary.unknown_id).sum())
-    return Corpus(vocabulary, block, segments, bytes_per_character, unknown)
-
-
-# --- sources: each yields its documents ---------------------------------------------------------------------------
-
-
-def _documents(config: DataConfig) -> Iterator[str]:
-    match config:
-        case PythonDocsConfig():
-            return _python_docs()
-        case CsvConfig():
-            return _csv_rows(config)
-        case TextConfig():
-            return (_read(path, config.encoding) for path in _files(config.path))
-    raise InputError(f"data={config.source} has no reader")
-
-
-def _python_docs() -> Iterator[str]:
-    """Yield the sections of Python's language reference that `help()` shows; every CPython ships them."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise InputError(
-            f"this Python ({sys.executable}) comes without pydoc_data, the text of data=python_docs; use a full "
-            "CPython, or your own text with data=text data.path=FILE"
-        ) from None
-    for name in sorted(topics):
-        yield topics[name]
-
-
-def _csv_rows(config: CsvConfig) -> Iterator[str]:
-    """Yield one document a row: the chosen columns, joined by a space."""
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KB, is less than a long article
-    for path in _files(config.path):
-        rows = csv.reader(io.StringIO(_read(path, config.encoding), newline=""), delimiter=config.delimiter)
-        header = next(rows, []) if config.header else []
-        columns: list[int] = []
-        for column in config.columns:
-            if isinstance(column, str) and column not in header:
-                named = f"its header names {', '.join(header)}" if header else "it is read without a header line"
-                raise InputError(f"{path} has no column {column!r}: {named}; set data.columns and data.header")
-            columns.append(header.index(column) if isinstance(column, str) else column)
-        for row in rows:
-            if not row:
-                continue
-            if max(columns) >= len(row):
-                raise InputError(
-                    f"{path} line {rows.line_num} has {len(row)} columns, but data.columns={config.columns} asks for "
-                    f"column {max(columns)}, counted from 0"
-                )
-            yield " ".join(row[column] for column in columns)
-
-
-def _files(patterns: str | list[str]) -> list[Path]:
-    """Return the files that paths, folders and glob patterns name: each once, folders in sorted order.
-
-    Raises:
-        InputError: a pattern that names no file.
-    """
-    found: dict[Path, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        path = Path(pattern).expanduser()
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
-            if not files:
-                raise InputError(f"data.path={pattern} is a folder without a file to read")
-        else:
-            files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
-            if not files:
-                kind = "matches no file" if glob.has_magic(str(path)) else "does not exist"
-                raise InputError(f"data.path={pattern} {kind} (looked from {Path.cwd()})")
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _read(path: Path, encoding: str) -> str:
-    """Return the text of a file as it stands: newlines and a byte order mark are characters like others."""
-    try:
-        return path.read_bytes().decode(encoding)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except LookupError:
-        raise InputError(f"data.encoding={encoding} is no encoding that Python knows; utf-8 is the usual one") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset {error.start}; name its "
-            "encoding with data.encoding=NAME (latin-1 reads any bytes, one character each)"
-        ) from None
 
 
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
-def _shuffled(documents: list[CodePoints], seed: int) -> list[CodePoints]:
-    return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+def _split(draft: Draft, config: DataConfig) -> dict[str, list[Segment]]:
+    """Return the segments of each split, once the documents lie in the order that the split wants.
 
-
-def _join(documents: list[CodePoints], separator: str | None) -> tuple[CodePoints, np.ndarray]:
-    """Lay documents one behind the other: a text between them, `<eos>` behind each, or nothing.
-
-    Returns:
-        The code points of all, and where each document ends in them (its separator included).
+    Raises:
+        InputError: `source`, where the source has no splits of its own.
     """
-    behind = np.array([END_CODE], dtype=np.uint32) if separator == END else code_points(separator or "")
-    parts = [np.concatenate([document, behind]) for document in documents]
-    if separator != END:
-        parts[-1] = documents[-1]
-    return np.concatenate(parts), np.cumsum([len(part) for part in parts])
+    if config.split == "documents":
+        reorder(draft, np.random.default_rng(config.split_seed).permutation(len(draft.ends)))
+    elif config.split == "source":
+        _lay_by_split(draft, config)
+    # A separator stands between documents; `<eos>` behind the last one too, and `null` is nothing.
+    text_end = len(draft.block) - (0 if config.separator in (None, END) else len(config.separator or ""))
+    ends = draft.ends
+    ends[-1] = text_end
+    draft.block = draft.block[:text_end]
+    if config.split == "stream_tail":
+        rows = [text_end * row // config.batch_size for row in range(config.batch_size + 1)]
+        cuts = [[start + cut for cut in _cuts(stop - start, config.fractions)] for start, stop in pairwise(rows)]
+    else:
+        bounds = _cuts(text_end, config.fractions)
+        if config.split == "documents":
+            bounds = [0, *(int(ends[np.abs(ends - cut).argmin()]) for cut in bounds[1:-1]), text_end]
+        elif config.split == "source":
+            counted = [draft.splits.count(split) for split in SPLITS]
+            bounds = [0, *(int(ends[n - 1]) if n else 0 for n in np.cumsum(counted))]
+        cuts = [bounds]
+    segments: dict[str, list[Segment]] = {split: [] for split in SPLITS}
+    for row in cuts:
+        for split, (start, stop) in zip(SPLITS, pairwise(row), strict=True):
+            segments[split] += _segments(start, stop, ends if config.separator is None else None)
+    return segments
+
+
+def _lay_by_split(draft: Draft, config: DataConfig) -> None:
+    """Lay documents in the order of the source's own splits; where it has no val, documents of train are drawn for it.
+
+    Raises:
+        InputError: a source without splits, or one whose training split is missing.
+    """
+    splits = np.array([SPLITS.index(split) if split in SPLITS else -1 for split in draft.splits])
+    if (splits < 0).any():
+        raise InputError(
+            f"data.split=source: data={config.source} has no splits of its own; choose contiguous, documents or "
+            "stream_tail"
+        )
+    if not (splits == 1).any():
+        train = np.random.default_rng(config.split_seed).permutation(np.flatnonzero(splits == 0))
+        share = config.fractions[1] / (config.fractions[0] + config.fractions[1])
+        splits[train[: round(len(train) * share)]] = 1
+    draft.splits = [SPLITS[split] for split in splits]
+    reorder(draft, np.argsort(splits, kind="stable"))
 
 
 def _cuts(length: int, fractions: list[float]) -> list[int]:
@@ -190,14 +178,25 @@ def _cuts(length: int, fractions: list[float]) -> list[int]:
     return [0, *(round(length * sum(fractions[: i + 1])) for i in range(2)), length]
 
 
-def _segments(start: int, stop: int, ends: np.ndarray | None) -> list[Segment]:
+def _segments(start: int, stop: int, ends: npt.NDArray[np.int64] | None) -> list[Segment]:
     """Return one segment from `start` to `stop`, or where `ends` is given, one for each document in it."""
-    inner = [] if ends is None else [int(end) for end in ends if start < end < stop]
+    inner = [] if ends is None else ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop)].tolist()
     bounds = [start, *inner, stop]
     return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
-def _utf8_bytes(codes: CodePoints) -> int:
-    """Return the length of a text in UTF-8; `<eos>` takes none (RFC 3629, section 3)."""
-    text = codes[codes != END_CODE]
-    return len(text) + sum(int((text >= limit).sum()) for limit in (0x80, 0x800, 0x10000))
+def _merged(segments: list[Segment]) -> list[Segment]:
+    """Return the same characters in as few segments as can be."""
+    merged: list[Segment] = []
+    for start, stop in segments:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _utf8_width(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return how many bytes each code point takes in UTF-8; `<eos>` takes none (RFC 3629, section 3)."""
+    width = 1 + sum((codes >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000))
+    return np.where(codes == END_CODE, 0, width)

@@ -14,7 +14,7 @@ UNKNOWN = "<unk>"  # stands for every character that the training split lacks; i
 END = "<eos>"  # ends a document
 END_CODE = sys.maxunicode + 1  # where an array of code points needs a place for it
 
-CodePoints = npt.NDArray[np.uint32]
+CodePoints = npt.NDArray[np.unsignedinteger]  # uint8 where all are ASCII, else uint32
 Ids = npt.NDArray[np.integer]
 
 
@@ -24,6 +24,8 @@ def code_points(text: str) -> CodePoints:
     Raises:
         InputError: a lone surrogate, which is half of a character and belongs to no text.
     """
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)  # a quarter of the memory to read
     try:
         return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     except UnicodeEncodeError as error:
@@ -31,6 +33,16 @@ def code_points(text: str) -> CodePoints:
             f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not a "
             "character; decode the source with the encoding that it was written in"
         ) from None
+
+
+def looked_up(table: Ids, codes: npt.NDArray[np.integer]) -> Ids:
+    """Return `table[codes]`, of the table's type."""
+    if table.dtype == codes.dtype == np.uint8:
+        # From bytes to bytes there is a way that is five times as fast as numpy's.
+        translation = bytes(table[:256]).ljust(256, b"\0")
+        return np.frombuffer(bytearray(codes.data).translate(translation), dtype=np.uint8)
+    found: Ids = table[codes]
+    return found
 
 
 class Vocabulary:
@@ -60,7 +72,7 @@ class Vocabulary:
             self._ids[END_CODE if symbol == END else ord(symbol)] = i
 
     @classmethod
-    def of(cls, codes: Iterable[CodePoints]) -> Vocabulary:
+    def of(cls, codes: Iterable[npt.NDArray[np.integer]]) -> Vocabulary:
         """Return the vocabulary of all that occurs in `codes`, in the order of the code points, `<eos>` at the end."""
         counts = np.zeros(END_CODE + 1, dtype=np.int64)
         for part in codes:
@@ -71,9 +83,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.symbols)
 
-    def encode_codes(self, codes: CodePoints) -> Ids:
+    def encode_codes(self, codes: npt.NDArray[np.integer]) -> Ids:
         """Return the ids of code points, same shape; what is not in the vocabulary becomes `<unk>`."""
-        return self._ids[codes]
+        return looked_up(self._ids, codes)
 
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`, shape (len(text),); a character not in the vocabulary becomes `<unk>`."""

@@ -1,0 +1,177 @@
+"""Documents -> one block of ids, in one pass over the text and in bounded memory.
+
+What training never sees must become `<unk>`, but where training ends is known only once the whole text is. So ids are
+first given out in the order in which characters appear, and changed to those of the vocabulary afterwards, in place.
+A block is an array, or where it is too large, a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from charlm.sources import Piece
+from charlm.vocabulary import END, END_CODE, CodePoints, Ids, code_points, looked_up
+
+CHUNK = 2**22  # characters changed or counted at a time
+
+
+@dataclass
+class Draft:
+    """A text in ids by first appearance."""
+
+    block: Ids  # shape (characters,)
+    alphabet: npt.NDArray[np.int64]  # code point of each id; id 0 is none's
+    ends: npt.NDArray[np.int64]  # where each document ends, its separator included
+    splits: list[str | None]  # what the source says of each document
+
+
+def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, progress: Any) -> Draft:
+    """Lay documents one behind the other: a text between them, `<eos>` behind each, or nothing.
+
+    Documents without text are left out.
+
+    Args:
+        pieces: the documents.
+        separator: a text, `<eos>`, or None.
+        file: where to write the block; None keeps it in memory.
+        progress: told the bytes read, by `update`.
+
+    Raises:
+        InputError: a lone surrogate in the text.
+    """
+    behind = np.array([END_CODE], dtype=np.uint32) if separator == END else code_points(separator or "")
+    writer = _Writer(file)
+    ends: list[int] = []
+    splits: list[str | None] = []
+    begun = 0
+    with closing(writer):
+        for piece in pieces:
+            writer.write(code_points(piece.text))
+            if piece.ends and writer.length > begun:
+                writer.write(behind)
+                begun = writer.length
+                ends.append(begun)
+                splits.append(piece.split)
+            progress.update(piece.size)
+    alphabet = np.zeros(1 + len(writer.codes), dtype=np.int64)
+    alphabet[1:] = writer.codes
+    return Draft(writer.block(), alphabet, np.array(ends, dtype=np.int64), splits)
+
+
+class _Writer:
+    """Appends code points to a block, giving each its id as it first appears."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.length = 0
+        self.codes: list[int] = []
+        self._ids: Ids = np.zeros(END_CODE + 1, dtype=np.uint8)
+        self._parts: list[Ids] = []
+        self._path = file
+        self._file = file.open("wb") if file else None
+
+    def write(self, codes: CodePoints) -> None:
+        ids = looked_up(self._ids, codes)
+        if not ids.all():
+            for code in np.unique(codes[ids == 0]):
+                self.codes.append(int(code))
+                self._make_room()
+                self._ids[code] = len(self.codes)
+            ids = looked_up(self._ids, codes)
+        self.length += len(ids)
+        if self._file:
+            ids.tofile(self._file)
+        else:
+            self._parts.append(ids)
+
+    def _make_room(self) -> None:
+        """Take a wider type where one more symbol would not fit."""
+        for limit, dtype in ((2**8, np.int16), (2**15, np.int32)):
+            if len(self.codes) == limit:
+                self._ids = self._ids.astype(dtype)
+                self._widen_file(np.dtype(dtype))
+
+    def _widen_file(self, dtype: np.dtype[Any]) -> None:
+        if not self._file or not self._path or not self.length:
+            return
+        self._file.close()
+        narrow = self._path.with_suffix(".narrow")
+        os.replace(self._path, narrow)
+        self._file = self._path.open("wb")
+        old = np.uint8 if dtype == np.int16 else np.int16
+        with narrow.open("rb") as file:
+            while (part := np.fromfile(file, dtype=old, count=CHUNK)).size:
+                part.astype(dtype).tofile(self._file)
+        narrow.unlink()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def block(self) -> Ids:
+        """Return all that was written, in one type."""
+        dtype = self._ids.dtype
+        if not self._path:
+            return np.concatenate([np.empty(0, dtype), *(part.astype(dtype, copy=False) for part in self._parts)])
+        return np.memmap(self._path, dtype=dtype, mode="r+") if self.length else np.empty(0, dtype)
+
+
+def reorder(draft: Draft, order: npt.NDArray[np.int64]) -> None:
+    """Lay the documents of a draft in another order, in place."""
+    starts = np.concatenate([[0], draft.ends[:-1]])
+    ranges = [(int(starts[i]), int(draft.ends[i])) for i in order]
+    if isinstance(draft.block, np.memmap):
+        path = Path(str(draft.block.filename))
+        beside = path.with_suffix(".ordered")
+        with beside.open("wb") as file:
+            for start, stop in ranges:
+                for chunk in _chunks(draft.block, start, stop):
+                    chunk.tofile(file)
+        dtype = draft.block.dtype
+        shutil.move(beside, path)
+        draft.block = np.memmap(path, dtype=dtype, mode="r+")
+    else:
+        draft.block = np.concatenate([draft.block[start:stop] for start, stop in ranges])
+    draft.splits = [draft.splits[i] for i in order]
+    draft.ends = np.cumsum([stop - start for start, stop in ranges], dtype=np.int64)
+
+
+def count(block: Ids, ranges: Iterable[tuple[int, int]], symbols: int) -> npt.NDArray[np.int64]:
+    """Return how often each id occurs in some ranges of a block, shape (symbols,)."""
+    counts = np.zeros(symbols, dtype=np.int64)
+    for start, stop in ranges:
+        for chunk in _chunks(block, start, stop):
+            if block.dtype == np.uint8:
+                # Two neighbours as one number: half as many to count.
+                pairs = np.bincount(chunk[: len(chunk) // 2 * 2].view(np.uint16), minlength=2**16).reshape(2**8, 2**8)
+                both = pairs.sum(axis=0) + pairs.sum(axis=1)
+                if len(chunk) % 2:
+                    both[chunk[-1]] += 1
+                counts += both[:symbols]
+            else:
+                counts += np.bincount(chunk, minlength=symbols)
+    return counts
+
+
+def relabel(block: Ids, ids: npt.NDArray[Any]) -> None:
+    """Change each id of a block to what `ids` has at its place, in the block itself."""
+    table = ids.astype(block.dtype)
+    for chunk in _chunks(block, 0, len(block)):
+        chunk[:] = looked_up(table, chunk)
+
+
+def _chunks(block: Ids, start: int, stop: int) -> Iterator[Ids]:
+    for first in range(start, stop, CHUNK):
+        yield block[first : min(first + CHUNK, stop)]
+        if isinstance(block, np.memmap) and stop - start > CHUNK:
+            # What was read or changed lies in the system's page cache, which takes it to disk; not in our memory too.
+            block._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]

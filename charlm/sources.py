@@ -1,0 +1,310 @@
+"""Where text comes from: files, tables, Python's own reference, AG News; each a stream of documents.
+
+A document may be larger than memory, so that it comes in pieces:
+
+    Piece("To be, or ", ends=False)  Piece("not to be", ends=True)      one document, a file of two chunks
+    Piece("That is", ends=True, split="test")                           another, of which the source says its split
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import glob
+import gzip
+import hashlib
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from charlm.config import AgNewsConfig, CsvConfig, DataConfig, JsonlConfig, PythonDocsConfig, TextConfig
+from charlm.errors import InputError
+
+_CHUNK = 2**17  # bytes read at a time: more leaves the cache of the processor, less costs calls
+_COMPRESSED = (".gz", ".bz2", ".zst")
+_EXPANSION = 16  # how much larger than its file a compressed text may well be
+
+
+class Piece(NamedTuple):
+    """Some text of a document."""
+
+    text: str
+    ends: bool = True  # whether the document ends behind it
+    split: str | None = None  # the split that the source puts it in
+    size: int = 0  # bytes read for it
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a source, found and of a known size, not yet read."""
+
+    config: DataConfig
+    files: list[tuple[Path, str | None]]  # each with the split that it belongs to
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path, _ in self.files)
+
+    @property
+    def likely_characters(self) -> int:
+        """About how long the text is at most, before anything is read."""
+        return sum(path.stat().st_size * (_EXPANSION if _is_compressed(path) else 1) for path, _ in self.files)
+
+    def digest(self) -> str:
+        """Return a hash of what the files hold (SHA-256)."""
+        whole = hashlib.sha256()
+        for path, split in self.files:
+            with _opened(path) as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest() + (split or "").encode())
+            whole.update(path.suffix.encode() if _is_compressed(path) else b"")
+        return whole.hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Read the documents.
+
+        Raises:
+            InputError: a file cannot be read, is not in its encoding or not in its form.
+        """
+        match self.config:
+            case PythonDocsConfig():
+                yield from (Piece(text) for text in _python_docs())
+            case AgNewsConfig():
+                for path, split in self.files:
+                    yield from _csv_rows(path, "utf-8", ",", [1, 2], False, split)
+            case CsvConfig() as config:
+                for path, split in self.files:
+                    yield from _csv_rows(path, config.encoding, config.delimiter, config.columns, config.header, split)
+            case JsonlConfig() as config:
+                for path, split in self.files:
+                    yield from _json_rows(path, config.encoding, config.field, split)
+            case TextConfig() as config:
+                for path, split in self.files:
+                    for text, size in _decoded(path, config.encoding):
+                        yield Piece(text, False, split, size)
+                    yield Piece("", True, split)
+            case _:
+                raise InputError(f"data={self.config.source} has no reader")
+
+
+def find_source(config: DataConfig) -> Source:
+    """Return the source that `config` names.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    match config:
+        case AgNewsConfig():
+            from charlm.ag_news import find_files
+
+            files: list[tuple[Path, str | None]] = list(find_files(config.path, config.cache_dir))
+        case TextConfig():
+            files = [(path, None) for path in _files(config.path)]
+        case _:
+            files = []
+    return Source(config, files)
+
+
+# --- readers ------------------------------------------------------------------------------------------------------
+
+
+def _python_docs() -> Iterator[str]:
+    """Yield the sections of Python's language reference that `help()` shows; every CPython ships them."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError(
+            f"this Python ({sys.executable}) comes without pydoc_data, the text of data=python_docs; use a full "
+            "CPython, or your own text with data=text data.path=FILE"
+        ) from None
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _csv_rows(
+    path: Path, encoding: str, delimiter: str, chosen: list[Any], header: bool, split: str | None
+) -> Iterator[Piece]:
+    """Yield one document a row: the chosen columns, joined by a space."""
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KB, is less than a long article
+    lines = _Lines(path, encoding)
+    rows = csv.reader(lines, delimiter=delimiter)
+    try:
+        names = next(rows, []) if header else []
+        columns: list[int] = []
+        for column in chosen:
+            if isinstance(column, str) and column not in names:
+                named = f"its header names {', '.join(names)}" if names else "it is read without a header line"
+                raise InputError(f"{path} has no column {column!r}: {named}; set data.columns and data.header")
+            columns.append(names.index(column) if isinstance(column, str) else column)
+        for row in rows:
+            if not row:
+                continue
+            if max(columns) >= len(row):
+                raise InputError(
+                    f"{path} line {rows.line_num} has {len(row)} columns, but data.columns={chosen} asks for "
+                    f"column {max(columns)}, counted from 0"
+                )
+            yield Piece(" ".join(row[column] for column in columns), True, split, lines.take_size())
+    except csv.Error as error:
+        raise InputError(f"{path} line {rows.line_num} is not CSV: {error}; set data.delimiter") from None
+
+
+def _json_rows(path: Path, encoding: str, field: str, split: str | None) -> Iterator[Piece]:
+    """Yield one document a line: a field of the JSON object that stands there."""
+    lines = _Lines(path, encoding)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} line {number} is not JSON: {error}; data=jsonl reads one object a line") from None
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
+            raise InputError(f"{path} line {number} has no text in the field {field!r}: {has}; set data.field")
+        yield Piece(row[field], True, split, lines.take_size())
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _files(patterns: str | list[str]) -> list[Path]:
+    """Return the files that paths, folders and glob patterns name: each once, folders in sorted order.
+
+    Raises:
+        InputError: a pattern that names no file.
+    """
+    found: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
+            if not files:
+                raise InputError(f"data.path={pattern} is a folder without a file to read")
+        else:
+            files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
+            if not files:
+                kind = "matches no file" if glob.has_magic(str(path)) else "does not exist"
+                raise InputError(f"data.path={pattern} {kind} (looked from {Path.cwd()})")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix in _COMPRESSED
+
+
+def _opened(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _unpacked(path: Path, file: BufferedReader) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        yield from _zstandard(file)
+        return
+    unpacked: BinaryIO = file
+    if path.suffix == ".gz":
+        unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    elif path.suffix == ".bz2":
+        unpacked = cast(BinaryIO, bz2.BZ2File(file))
+    while chunk := unpacked.read(_CHUNK):
+        yield chunk
+
+
+def _zstandard(file: BufferedReader) -> Iterator[bytes]:
+    """Unpack frame after frame. The library's own reader takes a frame that is cut off for one that has ended."""
+    import zstandard
+
+    frame = None
+    while packed := file.read(2**12):  # a few bytes may unpack to many: taken in small parts
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                chunk = frame.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise zlib.error(str(error)) from None  # what gzip raises
+            if chunk:
+                yield chunk
+            packed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+
+
+def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield what a file holds, unpacked, and how many bytes of the file were read for it."""
+    with _opened(path) as file:
+        read = 0
+        try:
+            for chunk in _unpacked(path, file):
+                position = file.tell()
+                yield chunk, position - read
+                read = position
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{path} cannot be unpacked: {error}; it is cut off or damaged") from None
+        except OSError as error:  # bzip2 says its faults so too
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _decoded(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
+    """Yield the text of a file as it stands: newlines and a byte order mark are characters like others.
+
+    Beside each text stand the bytes of the file that were read for it.
+    """
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError:
+        raise InputError(f"data.encoding={encoding} is no encoding that Python knows; utf-8 is the usual one") from None
+    offset = 0  # in the unpacked file, of the chunk
+    pending = 0  # bytes of a character that the chunks before it began
+    try:
+        for chunk, size in _chunks(path):
+            yield decoder.decode(chunk), size
+            offset += len(chunk)
+            pending = len(decoder.getstate()[0])
+        yield decoder.decode(b"", final=True), 0
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset - pending + error.start}; name its encoding with data.encoding=NAME (latin-1 reads any bytes, "
+            "one character each)"
+        ) from None
+
+
+class _Lines:
+    """The lines of a file, their ends kept, and how many bytes were read since someone last asked."""
+
+    def __init__(self, path: Path, encoding: str) -> None:
+        self._decoded = _decoded(path, encoding)
+        self._size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        rest: list[str] = []  # of a line that may go over many chunks
+        for text, size in self._decoded:
+            self._size += size
+            first, *more = text.split("\n")
+            rest.append(first)
+            for line in more:
+                yield "".join(rest) + "\n"
+                rest = [line]
+        if last := "".join(rest):
+            yield last
+
+    def take_size(self) -> int:
+        size, self._size = self._size, 0
+        return size
