@@ -3,7 +3,7 @@
 A small network's step is a thousand kernels of a few microseconds each. Started one by one from Python, the device
 waits for most of them; a graph starts them all at once (Gray, "Getting started with CUDA graphs", 2019).
 
-    outside    where the windows begin ---> starts        the learning rate ---> rate of each parameter group
+    outside    where the windows begin ---> starts        the learning rate ---> rate
     the graph  gather from the block -> forward -> backward -> clip -> optimizer -> sum of losses, carried state
 
 What a replay reads and writes lies in fixed places, so every batch must have one shape, and whatever changes from step
@@ -132,15 +132,15 @@ class CapturedCharLM(CharLM):
         for state in optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
-        self._rates = [torch.tensor(float(group["lr"]), device=device) for group in optimizer.param_groups]
-        self._set_rates = [float(group["lr"]) for group in optimizer.param_groups]
-
-        for group, tensor in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = tensor
+        (self._rate_set,) = {float(group["lr"]) for group in optimizer.param_groups}  # every group has the same
+        self._rate = torch.tensor(self._rate_set, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
         self._replay = self._record(optimizer)
-        # The graph has what it needs; to schedule, log and save, the rates are numbers as ever.
-        for group, rate in zip(optimizer.param_groups, self._set_rates, strict=True):
-            group["lr"] = rate
+        # The graph has what it needs; to schedule, log and save, the rate is a number as ever.
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate_set
+        self._scheduler = self.trainer.lr_scheduler_configs[0].scheduler
 
     def on_fit_end(self) -> None:
         """Let go of the graph: Lightning moves the weights away from where it reads them."""
@@ -218,6 +218,13 @@ class CapturedCharLM(CharLM):
             for place, value in zip(_parts(self.carried), _parts(state), strict=False):
                 place.copy_(value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Spare Lightning, which notes the name of a hook on the module twenty times a step, the way of a parameter."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # --- replaying --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Starts, batch_idx: int) -> None:  # type: ignore[override]
@@ -229,14 +236,14 @@ class CapturedCharLM(CharLM):
         if batch.fresh:
             for part in _parts(self.carried):
                 part.zero_()
-        for i, group in enumerate(optimizer.param_groups):
-            if group["lr"] != self._set_rates[i]:
-                self._set_rates[i] = group["lr"]
-                self._rates[i].fill_(group["lr"])
+        rate = optimizer.param_groups[0]["lr"]
+        if rate != self._rate_set:
+            self._rate_set = rate
+            self._rate.fill_(rate)
         self._replay()
         self._steps += 1
         optimizer._on_after_step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._scheduler.step()  # type: ignore[call-arg]
 
     def take_mean_loss(self) -> Tensor:
         mean = self._loss_sum / self._steps

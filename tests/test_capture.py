@@ -53,10 +53,10 @@ class Record(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(pl_module.take_mean_loss()))
         self.steps.append(trainer.global_step)
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        self.zero_gradients += [float((torch.cat([g.flatten() for g in gradients]) == 0).float().mean())] * bool(
-            gradients
-        )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        gradients = torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()])
+        self.zero_gradients.append(float((gradients == 0).float().mean()))
 
 
 @pytest.fixture(autouse=True)
@@ -285,9 +285,13 @@ def test_between_two_readings_of_the_loss_the_host_never_waits(tmp_path: Path, o
 def test_sixteen_bits_lose_no_gradient(tmp_path: Path, cell: str) -> None:
     model = {"cell": cell, "hidden_size": 128, "num_layers": 2}
     changes = {"window": 100, "batch_size": 64}
-    full, _, _ = train(tmp_path / "a", CapturedCharLM, "gpu", 200, 200, model=model, **changes)
-    half, _, _ = train(tmp_path / "b", CapturedCharLM, "gpu", 200, 200, model=model, precision="16-mixed", **changes)
+    full, _, _ = train(tmp_path / "a", CharLM, "gpu", 200, 200, model=model, **changes)
+    half, _, _ = train(tmp_path / "b", CharLM, "gpu", 200, 200, model=model, precision="16-mixed", **changes)
+    captured, _, _ = train(
+        tmp_path / "c", CapturedCharLM, "gpu", 200, 200, model=model, precision="16-mixed", **changes
+    )
     assert half.losses[-1] == pytest.approx(full.losses[-1], abs=0.05)
+    assert captured.losses[-1] == pytest.approx(full.losses[-1], abs=0.05)
     # Most of the input's columns are of characters that a batch lacks: their gradient is 0 in either precision.
     assert len(half.zero_gradients) == 200
     assert max(half.zero_gradients[-50:]) < max(full.zero_gradients[-50:]) + 0.01
