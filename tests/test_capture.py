@@ -265,19 +265,19 @@ def test_between_two_readings_of_the_loss_the_host_never_waits(tmp_path: Path, o
     data = data_of(tmp_path, order=order)
     watch = Watch()
     trainer = build_trainer(
-        {"accelerator": "gpu", "devices": 1, "max_steps": 39, "max_epochs": -1, "gradient_clip_val": 0.5}
+        {"accelerator": "gpu", "devices": 1, "max_steps": 29, "max_epochs": -1, "gradient_clip_val": 0.5}
         | {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
         callbacks=[TrainingLog(10), watch],
         enable_checkpointing=False,
     )
     sizes = {"cell": "lstm", "hidden_size": 16, "num_layers": 2, "dropout": 0.5}
-    model = CapturedCharLM(data.corpus.vocabulary.symbols, sizes, OPTIMIZER | SETTINGS["adamw"], 39)
+    model = CapturedCharLM(data.corpus.vocabulary.symbols, sizes, OPTIMIZER | SETTINGS["adamw"], 29)
     model.take_over(trainer, data)
     try:
         trainer.fit(model, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert watch.watched == 35
+    assert watch.watched == 26
 
 
 @cuda
