@@ -195,7 +195,7 @@ def main() -> None:
         }
     else:
         ways["charlm"] = ways.pop("L. eager")
-    where = torch.cuda.get_device_name() if cuda else f"{platform.processor()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}")
     print(f"window 100, {given.runs} runs of {steps} steps; millions of characters a second")
     head = f"{'':16}{'precision':>10}" + "".join(f"{name:>12}" for name in ways)
