@@ -36,12 +36,13 @@ def train(config: TrainConfig, folder: Path) -> float:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from charlm.callbacks import build_callbacks
+    from charlm.capture import CapturedCharLM, captures
     from charlm.datamodule import CharDataModule
     from charlm.generate import prompt_ids
     from charlm.module import CharLM
     from charlm.run import Run
     from charlm.tracking import tracked
-    from charlm.trainer import build_trainer, describe, describe_result, step_budget
+    from charlm.trainer import build_trainer, choose_precision, describe, describe_result, step_budget
 
     if rank_zero_only.rank != 0:
         log.setLevel(logging.ERROR)  # the first rank speaks for all
@@ -55,11 +56,15 @@ def train(config: TrainConfig, folder: Path) -> float:
     data.setup()
     vocabulary = data.corpus.vocabulary
     prompt_ids(vocabulary, config.sampling.prompt, config.sampling.on_unknown)  # refused now, not at the first sample
-    arguments = {"enable_progress_bar": sys.stdout.isatty(), **config.trainer}
+    arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, config.model)}
     callbacks = build_callbacks(config, run, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
     total_steps = step_budget(trainer, data.steps_per_epoch(trainer.world_size))
-    model = CharLM(vocabulary.symbols, asdict(config.model), asdict(config.optimizer), total_steps)
+    captured = captures(config.capture, trainer, data, config.optimizer.name)
+    build = CapturedCharLM if captured else CharLM
+    model = build(vocabulary.symbols, asdict(config.model), asdict(config.optimizer), total_steps)
+    if isinstance(model, CapturedCharLM):
+        model.take_over(trainer, data)
     describe(model, data, trainer)
 
     run.begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -36,8 +37,9 @@ def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callba
     """Return what shall happen beside the training of a run."""
     best = ModelCheckpoint(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
     last = ModelCheckpoint(run.checkpoints, "last", save_on_exception=True, enable_version_counter=False)
+    training_log = TrainingLog(config.trainer.get("log_every_n_steps") or 50)
     callbacks = [
-        TrainingLog(config.trainer.get("log_every_n_steps") or 50),
+        training_log,
         FinalValidation(),
         Samples(config.sampling, config.seed, run),
         ExactResume(run),
@@ -47,7 +49,7 @@ def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callba
     if config.early_stopping.patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=config.early_stopping.patience))
     if progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
+        callbacks.append(ProgressBar(training_log))
     return Callbacks(best, callbacks)
 
 
@@ -55,21 +57,23 @@ class TrainingLog(L.Callback):
     """Training loss, learning rate and speed, every `trainer.log_every_n_steps` optimizer steps, and a line at each
     validation.
 
-    The losses are read from the device once an interval. The speed is that of training: validation does not count.
+    The losses are read from the device once an interval. The speed is that of training: validation does not count, nor
+    does the first step, in which libraries load and graphs are captured.
     """
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
-        self._last: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self._step = 0
         self._characters = 0
         self._seconds = 0.0
         self._since = 0.0
         self._rate = 0.0
+        self._begun = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
-        self._since = time.perf_counter()
+        self._begun = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -80,25 +84,32 @@ class TrainingLog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, CharLM)
-        self._characters += batch.tokens.shape[0] * (batch.tokens.shape[1] - 1) * trainer.world_size
+        if self._begun:
+            self._characters += self._of_a_batch(trainer)
+        else:
+            self._since = time.perf_counter()
+            self._begun = True
         step = trainer.global_step
         if step == self._step or step % self._interval:
             return
         self._step = step
-        loss = float(trainer.strategy.reduce(torch.stack(pl_module.recent_losses).mean()))  # waits for the device
-        pl_module.recent_losses.clear()
+        loss = float(trainer.strategy.reduce(pl_module.take_mean_loss()))  # waits for the device
         now = time.perf_counter()
         seconds = self._seconds + now - self._since
-        self._last = {
+        self.last = {
             "train/loss": loss,
             "train/bpc": bits(loss),
             "learning_rate": self._rate,
-            "characters_per_second": self._characters / seconds,
+            "characters_per_second": self._characters / seconds if self._characters else math.nan,
             "epoch": float(trainer.current_epoch),
         }
         self._characters, self._seconds, self._since = 0, 0.0, now
-        pl_module.record(self._last)
-        pl_module.log_dict({"loss": loss, "bpc": bits(loss)}, prog_bar=True, logger=False)
+        pl_module.record(self.last)
+
+    @staticmethod
+    def _of_a_batch(trainer: L.Trainer) -> int:
+        config = trainer.datamodule.config  # type: ignore[attr-defined]
+        return int(config.batch_size * config.window * trainer.world_size)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seconds += time.perf_counter() - self._since
@@ -106,16 +117,33 @@ class TrainingLog(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()
         val = trainer.callback_metrics
-        train = "train {train/loss:.4f}   ".format(**self._last) if self._last else ""
+        train = "train {train/loss:.4f}   ".format(**self.last) if self.last else ""
         speed = (
-            "   rate {learning_rate:.1e}   {characters_per_second:,.0f} chars/s".format(**self._last)
-            if self._last
+            "   rate {learning_rate:.1e}   {characters_per_second:,.0f} chars/s".format(**self.last)
+            if self.last
             else ""
         )
         log.info(
             f"step {trainer.global_step:>6,} of {pl_module.hparams['total_steps']:,}   {train}"
             f"val {val['val/loss']:.4f} nats   {val['val/bpc']:.4f} bpc{speed}"
         )
+
+
+class ProgressBar(TQDMProgressBar):
+    """A bar with the last training loss that was read.
+
+    Not through `self.log(prog_bar=True)`: Lightning would then fetch the value from the device again after every step,
+    and the device would run dry between any two.
+    """
+
+    def __init__(self, training_log: TrainingLog) -> None:
+        super().__init__(refresh_rate=10)
+        self._training_log = training_log
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        last = self._training_log.last
+        shown = {name: last[f"train/{name}"] for name in ("loss", "bpc") if last}
+        return {**super().get_metrics(trainer, pl_module), **shown}
 
 
 class FinalValidation(L.Callback):

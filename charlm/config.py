@@ -222,6 +222,8 @@ class SGDConfig(OptimizerConfig):
 class TrainerConfig:
     """Every argument of Lightning's Trainer that is not charlm's to give; one that is left out has Lightning's default.
 
+    And two of ours: `capture`, and the value "auto" of `precision`.
+
     charlm gives callbacks, logger, default_root_dir and use_distributed_sampler (its windows know their rank), and
     leaves out what would switch those off.
     """
@@ -260,6 +262,7 @@ class TrainerConfig:
     sync_batchnorm: Any = MISSING
     reload_dataloaders_every_n_epochs: Any = MISSING
     enable_autolog_hparams: Any = MISSING
+    capture: Any = MISSING  # not Lightning's: whether the step is one CUDA graph, see charlm/capture.py
 
 
 @dataclass
@@ -367,6 +370,7 @@ class TrainConfig:
     model: ModelConfig
     optimizer: OptimizerConfig
     trainer: dict[str, Any]  # the arguments of Lightning's Trainer that were given
+    capture: str | bool  # whether the step is one CUDA graph: "auto", True or False
     early_stopping: EarlyStoppingConfig
     sampling: TrainSamplingConfig
     logger: LoggerConfig
@@ -382,11 +386,18 @@ class TrainConfig:
         trainer = {
             str(key): _plain(cfg.trainer[key]) for key in cfg.trainer if not OmegaConf.is_missing(cfg.trainer, key)
         }
-        rooms = {name: _object(cfg, name) for name in cls.__annotations__ if name not in ("trainer", "resolved")}
+        apart = ("trainer", "capture", "resolved")
+        rooms = {name: _object(cfg, name) for name in cls.__annotations__ if name not in apart}
         resolved = {name: room if isinstance(room, int) else asdict(room) for name, room in rooms.items()}
-        return cls(**rooms, trainer=trainer, resolved={**resolved, "trainer": trainer})
+        arguments = {name: value for name, value in trainer.items() if name != "capture"}
+        capture = trainer.get("capture", "auto")
+        return cls(**rooms, trainer=arguments, capture=capture, resolved={**resolved, "trainer": trainer})
 
     def __post_init__(self) -> None:
+        _check(
+            self.capture == "auto" or isinstance(self.capture, bool),
+            f"trainer.capture={self.capture} is not one of auto, true, false",
+        )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
 
 

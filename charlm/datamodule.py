@@ -24,6 +24,7 @@ class CharDataModule(L.LightningDataModule):
         self.config = config
         self.seed = seed
         self.corpus: Corpus
+        self.resident_on: torch.device | None = None  # where training finds the block, and is told only the starts
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and encode the text, once.
@@ -69,12 +70,16 @@ class CharDataModule(L.LightningDataModule):
             )
         return steps
 
+    def resident_block(self) -> torch.Tensor:
+        """Return the text's ids, shape (characters,), on the device `resident_on`."""
+        return self._block.to(self.resident_on)
+
     def _train_batches(self, rank: int, world_size: int) -> Batches:
-        batch_size, window = self.config.batch_size, self.config.window
+        batch_size, window, on = self.config.batch_size, self.config.window, self.resident_on
         if self.config.order == "shuffled":
-            return ShuffledBatches(self._block, self._windows, batch_size, self.seed, rank, world_size)
+            return ShuffledBatches(self._block, self._windows, batch_size, self.seed, rank, world_size, on)
         lanes = stream_lanes(self.corpus.segments["train"], batch_size * world_size, window)
-        return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size)
+        return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size, on)
 
     def _evaluation_batches(self, split: str) -> Batches:
         lanes = evaluation_lanes(self.corpus.segments[split], self.config.eval_lanes)

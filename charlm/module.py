@@ -53,19 +53,28 @@ class CharLM(L.LightningModule):
         self.vocabulary = Vocabulary(symbols)
         self.network = CharRNN(len(self.vocabulary), **model)
         self.carried: State | None = None  # the training state behind the last batch
-        self.recent_losses: list[Tensor] = []  # of the steps since someone last looked, each a scalar on the device
+        self._recent_losses: list[Tensor] = []  # of the steps since someone last looked, each a scalar on the device
         self._evaluated_state: State | None = None
         self._scores: dict[str, list[Tensor]] = {}
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the mean loss of a batch, in nats per character."""
         nats, state = self._score(batch, None if batch.fresh else self.carried)
         self.carried = _detached(state)
         loss = nats.mean()
-        self.recent_losses.append(loss.detach())
+        self._recent_losses.append(loss.detach())
         return loss
+
+    def take_mean_loss(self) -> Tensor:
+        """Return the mean loss of the steps since the last call, a scalar on the device; at least one must lie between.
+
+        Whoever makes a number of it waits for the device: once an interval, not each step.
+        """
+        mean = torch.stack(self._recent_losses).mean()
+        self._recent_losses.clear()
+        return mean
 
     def _score(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         """Return the loss of each character (B, T), 0 where it does not count, and the state behind the last one."""
@@ -76,6 +85,11 @@ class CharLM(L.LightningModule):
         logits, state = self.network(ids, state)  # (B, T, V)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return nats.view_as(targets), state
+
+    @property
+    def optimizer_flags(self) -> dict[str, bool]:
+        """How the optimizer does its work, which changes nothing of what it does: torch's `fused`, `capturable`."""
+        return {}
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and its schedule by the step."""
@@ -88,7 +102,7 @@ class CharLM(L.LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = cls(groups, lr=learning_rate, **options)
+        optimizer = cls(groups, lr=learning_rate, **options, **self.optimizer_flags)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

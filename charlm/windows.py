@@ -119,21 +119,33 @@ class Batch(NamedTuple):
     lengths: Tensor | None = None  # (B,) how many of the T predictions of a row count; None: all
 
 
-class Batches:
-    """An epoch's batches, for Lightning to iterate; knows its place, so that a checkpoint can continue behind it."""
+class Starts(NamedTuple):
+    """Where a step finds its windows, for one that gathers them itself from a block on its device."""
 
-    def __init__(self) -> None:
+    starts: Tensor  # (B,) places in the block, int64
+    fresh: bool  # as in `Batch`
+
+
+class Batches:
+    """An epoch's batches, for Lightning to iterate; knows its place, so that a checkpoint can continue behind it.
+
+    Args:
+        starts_on: None gives the windows themselves (`Batch`); a device, only where they begin (`Starts`), on it.
+    """
+
+    def __init__(self, starts_on: torch.device | None = None) -> None:
+        self.starts_on = starts_on
         self.epoch = 0
         self.position = 0  # batches of this epoch already given
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch | Starts]:
         """Yield the batches of an epoch from number `start` on."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Starts]:
         # Lightning stops after len() batches without asking for more, so nothing behind the last `yield` would run:
         # the turn of the epoch is made at the next epoch's start.
         if self.position >= len(self):
@@ -161,9 +173,16 @@ class ShuffledBatches(Batches):
     _AHEAD = 2**14  # windows whose order is computed at a time: enough to make the cost per batch small
 
     def __init__(
-        self, block: Tensor, windows: Windows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        block: Tensor,
+        windows: Windows,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        starts_on: torch.device | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(starts_on)
         self._block = block
         self._windows = windows
         self._batch_size = batch_size
@@ -183,20 +202,34 @@ class ShuffledBatches(Batches):
         for first in range(start, len(self), ahead):
             batch = np.arange(first, min(first + ahead, len(self)))
             index = permutation(batch[:, None] * whole_batch + in_batch)
-            yield from torch.from_numpy(self._windows.starts(index))
+            # Many batches' at once: one by one, the copies to a device would take longer than a small network's step.
+            starts = torch.from_numpy(self._windows.starts(index))
+            if self.starts_on and self.starts_on.type == "cuda":
+                starts = starts.pin_memory()  # or the host would wait until the device had done all that lies before
+            yield from starts.to(self.starts_on or "cpu", non_blocking=True)
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch | Starts]:
         for starts in self.starts(epoch, start):
-            yield Batch(gather(self._block, starts, self._windows.window), fresh=True)
+            if self.starts_on:
+                yield Starts(starts, fresh=True)
+            else:
+                yield Batch(gather(self._block, starts, self._windows.window), fresh=True)
 
 
 class LaneBatches(Batches):
     """Lanes of contiguous text, read window after window, `lanes` of them at a time; the same every epoch."""
 
     def __init__(
-        self, block: Tensor, lanes: Sequence[Segment], at_a_time: int, window: int, rank: int = 0, world_size: int = 1
+        self,
+        block: Tensor,
+        lanes: Sequence[Segment],
+        at_a_time: int,
+        window: int,
+        rank: int = 0,
+        world_size: int = 1,
+        starts_on: torch.device | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(starts_on)
         self._block = block
         self._window = window
         share = math.ceil(at_a_time / world_size)
@@ -214,7 +247,12 @@ class LaneBatches(Batches):
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch | Starts]:
+        if self.starts_on:  # of training, whose lanes are whole windows
+            first = [starts.to(self.starts_on) for starts, _ in self._groups]
+            for group, t in self._chunks[start:]:
+                yield Starts(first[group] + t, fresh=t == 0)
+            return
         for group, t in self._chunks[start:]:
             starts, stops = self._groups[group]
             lengths = (stops - starts - 1 - t).clamp(0, self._window)  # (B,)

@@ -1,0 +1,279 @@
+"""The whole training step as one CUDA graph: recorded once, then replayed with one call a step.
+
+A small network's step is a thousand kernels of a few microseconds each. Started one by one from Python, the device
+waits for most of them; a graph starts them all at once (Gray, "Getting started with CUDA graphs", 2019).
+
+    outside    where the windows begin ---> starts        the learning rate ---> rate
+    the graph  gather from the block -> forward -> backward -> clip -> optimizer -> sum of losses, carried state
+
+What a replay reads and writes lies in fixed places, so every batch must have one shape, and whatever changes from step
+to step is copied into its place before. Random numbers go on from replay to replay: torch advances the generator.
+
+Legend: B batch, T window, L layers, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from charlm.datamodule import CharDataModule
+from charlm.errors import InputError
+from charlm.module import OPTIMIZERS, CharLM
+from charlm.network import State
+from charlm.windows import Batch, Starts, gather
+
+WARM_UP_STEPS = 3  # libraries choose their kernels and take their memory in the first ones
+LARGEST_SHARE = 0.25  # of the device's free memory that a text may take
+
+
+def captures(setting: str | bool, trainer: L.Trainer, data: CharDataModule, optimizer: str) -> bool:
+    """Return whether the step of a run shall be a CUDA graph.
+
+    Args:
+        setting: `trainer.capture`: "auto" captures where it can, True must, False never does.
+        trainer: whose device, precision and accumulation decide.
+        data: whose text must fit on the device.
+        optimizer: its name in `OPTIMIZERS`.
+
+    Raises:
+        InputError: `setting` is True, but it cannot be.
+    """
+    if setting is False:
+        return False
+    obstacle = _obstacle(trainer, data, optimizer)
+    if setting is True and obstacle:
+        raise InputError(f"trainer.capture=true is not to be had: {obstacle}; trainer.capture=auto trains without")
+    return not obstacle
+
+
+def _obstacle(trainer: L.Trainer, data: CharDataModule, optimizer: str) -> str | None:
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this run is on {trainer.accelerator.name()}"
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return f"it works on one device alone, and this run has {trainer.world_size}"
+    if trainer.accumulate_grad_batches != 1:
+        return f"each step is one batch, and trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
+    if type(trainer.precision_plugin) not in (Precision, MixedPrecision):
+        return f"trainer.precision={trainer.precision} is none of 32-true, 16-mixed and bf16-mixed"
+    parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters
+    if not set(_FLAGS[optimizer]) <= parameters.keys():
+        return f"this torch ({torch.__version__}) cannot capture optimizer={optimizer}"
+    if getattr(trainer.precision_plugin, "scaler", None) and "fused" not in _FLAGS[optimizer]:
+        return f"optimizer={optimizer} asks the host whether a gradient of fp16 overflowed"
+    if trainer._detect_anomaly:
+        return "trainer.detect_anomaly looks at every step"
+    free, _ = torch.cuda.mem_get_info(device)
+    if data.corpus.block.nbytes > LARGEST_SHARE * free:
+        return f"the text takes {data.corpus.block.nbytes:,} bytes, and the device has {free:,} free"
+    return None
+
+
+# What lets the host stay out of an optimizer's step.
+_FLAGS: Mapping[str, dict[str, bool]] = {
+    "adam": {"fused": True, "capturable": True},
+    "adamw": {"fused": True, "capturable": True},
+    "rmsprop": {"capturable": True},
+    "sgd": {"fused": True},
+}
+
+
+class CapturedCharLM(CharLM):
+    """A `CharLM` whose training step is one CUDA graph.
+
+    It trains as `CharLM` does, up to rounding, and their checkpoints go on with either. Lightning counts the steps,
+    but the hooks in the middle of one (`on_before_backward`, `on_before_optimizer_step` and their like) are not
+    called.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+        self._clip: tuple[float | None, str] = (None, "norm")  # its bound and how
+        self._replay: Callable[[], None] | None = None
+        self._steps = 0  # since someone last looked at the losses
+
+    @property
+    def optimizer_flags(self) -> dict[str, bool]:
+        return _FLAGS[self.hparams["optimizer"]["name"]]
+
+    def take_over(self, trainer: L.Trainer, data: CharDataModule) -> None:
+        """Take from `trainer` the clipping of gradients, and from `data` the gathering of windows, into the step."""
+        algorithm = trainer.gradient_clip_algorithm
+        self._clip = trainer.gradient_clip_val or None, str(getattr(algorithm, "value", algorithm) or "norm")
+        trainer.gradient_clip_val = None
+        data.resident_on = trainer.strategy.root_device
+
+    # --- recording --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Record the step. A run that resumes has its weights, optimizer and random state again by now."""
+        config, device = self._datamodule.config, self.device
+        self._block = self._datamodule.resident_block()
+        self._window = config.window
+        self._starts = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # (B,)
+        self._loss_sum = torch.zeros((), device=device)
+        self._steps = 0
+        if config.order == "streams":
+            self.carried = self.carried if self.carried is not None else self._zero_state(config.batch_size)
+        optimizer = self.trainer.optimizers[0]
+        for group in optimizer.param_groups:
+            group.update(self.optimizer_flags)  # a checkpoint knows none
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+        (self._rate_set,) = {float(group["lr"]) for group in optimizer.param_groups}  # every group has the same
+        self._rate = torch.tensor(self._rate_set, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
+        self._replay = self._record(optimizer)
+        # The graph has what it needs; to schedule, log and save, the rate is a number as ever.
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate_set
+        self._scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+
+    def on_fit_end(self) -> None:
+        """Let go of the graph: Lightning moves the weights away from where it reads them."""
+        self._replay = None
+
+    def _record(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Return what replays the step. Weights, optimizer and random state are left as they were."""
+        random = torch.cuda.get_rng_state(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._warm_up(optimizer)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step(optimizer)
+        torch.cuda.set_rng_state(random, self.device)
+        return graph.replay
+
+    def _zero_state(self, batch_size: int) -> State:
+        rnn = self.network.rnn
+        shape = (rnn.num_layers, batch_size, rnn.hidden_size)  # (L, B, H)
+        parts = [torch.zeros(shape, device=self.device) for _ in range(2 if isinstance(rnn, torch.nn.LSTM) else 1)]
+        return (parts[0], parts[1]) if len(parts) == 2 else parts[0]
+
+    def _warm_up(self, optimizer: Optimizer) -> None:
+        """Take a few steps, and then everything back: what they leave is kernels chosen and an optimizer with state."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.state_dict() if scaler else None
+        places = [*self.parameters(), *_parts(self.carried), self._loss_sum]
+        before = [place.detach().clone() for place in places]
+        state_before = {
+            parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+            for parameter, state in optimizer.state.items()
+        }
+        for _ in range(WARM_UP_STEPS):
+            optimizer.zero_grad(set_to_none=True)
+            self._step(optimizer)
+        optimizer.zero_grad(set_to_none=True)  # the graph is to have gradients of its own
+        with torch.no_grad():
+            for place, value in zip(places, before, strict=True):
+                place.copy_(value)
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        # Zero is what a fresh optimizer's count, means and momentum begin with.
+                        known = state_before.get(parameter, {}).get(name)
+                        value.copy_(known) if known is not None else value.zero_()
+        if scaler:
+            scaler.load_state_dict(scale)
+
+    def _step(self, optimizer: Optimizer) -> None:
+        """One training step, without a word to the host."""
+        plugin = self.trainer.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        batch = Batch(gather(self._block, self._starts, self._window), fresh=self.carried is None)
+        with plugin.forward_context():
+            nats, state = self._score(batch, self.carried)
+            loss = nats.mean()
+        (scaler.scale(loss) if scaler else loss).backward()
+        if scaler:
+            scaler.unscale_(optimizer)
+        bound, algorithm = self._clip
+        if bound is not None and algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), bound)
+        elif bound is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), bound)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        with torch.no_grad():
+            self._loss_sum += loss.detach()
+            for place, value in zip(_parts(self.carried), _parts(state), strict=False):
+                place.copy_(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Spare Lightning, which notes the name of a hook on the module twenty times a step, the way of a parameter."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # --- replaying --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Starts, batch_idx: int) -> None:  # type: ignore[override]
+        """Train on the windows that begin at `batch.starts`."""
+        assert self._replay is not None
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        optimizer._on_before_step()  # here and below Lightning counts
+        self._starts.copy_(batch.starts)
+        if batch.fresh:
+            for part in _parts(self.carried):
+                part.zero_()
+        rate = optimizer.param_groups[0]["lr"]
+        if rate != self._rate_set:
+            self._rate_set = rate
+            self._rate.fill_(rate)
+        self._replay()
+        self._steps += 1
+        optimizer._on_after_step()
+        self._scheduler.step()  # type: ignore[call-arg]
+
+    def take_mean_loss(self) -> Tensor:
+        mean = self._loss_sum / self._steps
+        self._loss_sum.zero_()
+        self._steps = 0
+        return mean
+
+    # --- checkpoints: as `CharLM` writes and reads them ---------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out how the step was done, and count the steps where Lightning counts those of its own optimization."""
+        loop = checkpoint["loops"]["fit_loop"]
+        done = dict(loop["epoch_loop.manual_optimization.optim_step_progress"]["total"])
+        loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"] = done
+        for i, saved in enumerate(checkpoint.get("optimizer_states", ())):
+            state = {
+                number: {name: value.cpu() if name == "step" else value for name, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            groups = [{**group, **dict.fromkeys(self.optimizer_flags, False)} for group in saved["param_groups"]]
+            checkpoint["optimizer_states"][i] = {**saved, "state": state, "param_groups": groups}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting the steps of a run, however they were taken."""
+        loop = checkpoint["loops"]["fit_loop"]
+        done = dict(loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"])
+        loop["epoch_loop.manual_optimization.optim_step_progress"]["total"] = done
+
+
+def _parts(state: State | None) -> tuple[Tensor, ...]:
+    if state is None:
+        return ()
+    return state if isinstance(state, tuple) else (state,)
