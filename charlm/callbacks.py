@@ -36,7 +36,8 @@ class Callbacks(NamedTuple):
 def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callbacks:
     """Return what shall happen beside the training of a run."""
     best = ModelCheckpoint(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
-    last = ModelCheckpoint(run.checkpoints, "last", save_on_exception=True, enable_version_counter=False)
+    # Not saved on an exception: what is half through a step is no place to go on from exactly.
+    last = ModelCheckpoint(run.checkpoints, "last", enable_version_counter=False)
     training_log = TrainingLog(config.trainer.get("log_every_n_steps") or 50)
     callbacks = [
         training_log,

@@ -100,12 +100,12 @@ class Run:
             yield
         except (KeyboardInterrupt, SystemExit) as error:
             self._end("interrupted")
-            log.error(f"interrupted; the same command with hydra.run.dir={self.folder} goes on from {self._kept}")
+            log.error(f"interrupted; the same command with hydra.run.dir={self.folder} goes on; {self._kept}")
             code = 143 if isinstance(error, SIGTERMException) else 130  # 128 + the signal's number
             raise SystemExit(code) from None
         except Exception as error:
             self._end("failed", error=f"{type(error).__name__}: {error}")
-            log.error(f"failed; {self._kept} is the last good checkpoint")
+            log.error(f"failed; {self._kept}")
             raise
 
     def complete(self, figures: Mapping[str, Any]) -> None:
@@ -114,7 +114,8 @@ class Run:
 
     @property
     def _kept(self) -> str:
-        return str(self.last_checkpoint or "nothing: it had not come to a checkpoint yet")
+        path = self.last_checkpoint
+        return f"the last good checkpoint is {path}" if path else "it had not come to a checkpoint yet"
 
     @rank_zero_only
     def _end(self, status: str, **figures: Any) -> None:

@@ -161,6 +161,7 @@ def open_wandb(config: WandbConfig, run_dir: Path, resolved: Mapping[str, Any]) 
         tracker.experiment  # noqa: B018 (starts the run)
     except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         mode, why = "offline", f"online failed: {' '.join(str(error).split())[:200]}"
+        wandb.teardown()  # it would take the run for one that still goes on
         tracker = WandbTracker(mode=mode, **{**init, "log_model": False})
         tracker.experiment  # noqa: B018
     log.info(f"W&B: {mode} ({why})")

@@ -1,0 +1,112 @@
+"""The configuration: what is shipped composes, and what cannot work is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.errors import HydraException
+
+from charlm.config import SampleConfig, TrainConfig, TrainerConfig
+from charlm.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+CHOICES = sorted(path.relative_to(ROOT / "conf").with_suffix("") for path in (ROOT / "conf").glob("*/*.yaml"))
+# What charlm gives Lightning's Trainer itself, and what would switch that off; and what is charlm's own.
+OURS = {
+    "self",
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "use_distributed_sampler",
+    "enable_checkpointing",
+    "barebones",
+}
+ALSO_OURS = {"model_registry"}
+CHARLM_ONLY = {"capture"}
+
+Composed = Callable[..., TrainConfig]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_shipped_choice_composes(choice: Path, composed: Composed) -> None:
+    group = choice.parent.as_posix()
+    path = ["data.path=somewhere"] if choice.as_posix() in ("data/text", "data/csv", "data/jsonl") else []
+    config = composed(f"{group}={choice.name}", *path)
+    assert "${" not in str(config.resolved)
+
+
+def test_help_names_every_shipped_choice() -> None:
+    text = (ROOT / "conf" / "train.yaml").read_text().split("template: |")[1]
+    assert [choice.as_posix() for choice in CHOICES if choice.name not in text] == []
+
+
+def test_the_trainer_takes_every_argument_of_lightnings() -> None:
+    lightnings = set(inspect.signature(L.Trainer.__init__).parameters)
+    assert {field.name for field in fields(TrainerConfig)} - CHARLM_ONLY == lightnings - OURS - ALSO_OURS
+
+
+def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Composed) -> None:
+    arguments = composed("trainer.accumulate_grad_batches=2").trainer
+    assert arguments["accumulate_grad_batches"] == 2
+    assert "num_nodes" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.hidden_size=0", "hidden_size=0 must be 1 or more"),
+        ("model.num_layers=-1", "num_layers=-1"),
+        ("model.dropout=1.5", "dropout=1.5 must be at least 0 and less than 1"),
+        ("model.cell=lst", "did you mean lstm"),
+        ("model.embedding_size=-1", "embedding_size=-1"),
+        ("data.window=0", "window=0"),
+        ("data.fractions=[0.5,0.5]", "sum to 1"),
+        ("data.fractions=[0.5,0.2,0.2]", "sum to 1"),
+        ("data.order=sideways", "data.order=sideways is not one of"),
+        ("optimizer.learning_rate=0", "learning_rate=0"),
+        ("optimizer.learning_rate=nan", "learning_rate=nan"),
+        ("optimizer.betas=[0.9,1.0]", "betas"),
+        ("early_stopping.patience=0", "patience=0"),
+        ("sampling.temperature=-1", "temperature=-1"),
+        ("sampling.temperature=nan", "temperature=nan"),
+        ("sampling.temperature=[]", "at least one"),
+        ("sampling.temperature=warm", "temperature=warm"),
+        ("sampling.top_p=0", "top_p=0"),
+        ("sampling.top_k=0", "top_k=0"),
+        ("sampling.every_n_steps=0", "every_n_steps=0"),
+        ("logger.mode=onlin", "did you mean online"),
+        ("seed=-1", "seed=-1"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused_by_name(override: str, says: str, composed: Composed) -> None:
+    with pytest.raises(InputError, match=says.replace("[", r"\[")):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.widow=3", "trainer.max_step=3", "data.window=abc", "model=lst", "optimizer.alpha=1"]
+)
+def test_an_unknown_name_or_a_wrong_type_does_not_compose(override: str, composed: Composed) -> None:
+    with pytest.raises(HydraException):
+        composed(override)
+
+
+def test_what_must_be_given_is_asked_for(composed: Composed) -> None:
+    with pytest.raises(InputError, match=r"data\.path must be given"):
+        composed("data=text")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("num_samples=0", "num_samples=0"), ("length=-1", "length=-1"), ("stop=''", "stop"), ("seed=-2", "seed=-2")],
+)
+def test_sampling_settings_have_bounds_too(
+    override: str, says: str, composed_sample: Callable[..., SampleConfig]
+) -> None:
+    with pytest.raises(InputError, match=says):
+        composed_sample(override)

@@ -1,0 +1,83 @@
+"""The network's shapes, state and input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from charlm.errors import InputError
+from charlm.network import DEFAULT_EMBEDDING, LARGEST_ONE_HOT, CharRNN
+
+CELLS = ("lstm", "gru", "rnn")
+
+
+def parts(state: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("embedding_size", [0, 5])
+def test_chunks_with_carried_state_equal_one_forward(cell: str, num_layers: int, embedding_size: int) -> None:
+    torch.manual_seed(0)
+    network = CharRNN(11, cell, 7, num_layers, embedding_size=embedding_size).eval()
+    ids = torch.randint(11, (3, 30))
+    whole, end = network(ids)
+    state, chunks = None, []
+    for chunk in ids.split((4, 1, 16, 9), dim=1):
+        logits, state = network(chunk, state)
+        chunks.append(logits)
+    torch.testing.assert_close(torch.cat(chunks, dim=1), whole)
+    assert state is not None
+    for found, expected in zip(parts(state), parts(end), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_one_hot_input_is_the_recurrence_over_one_hot_vectors() -> None:
+    torch.manual_seed(0)
+    network = CharRNN(9, "lstm", 5).eval()
+    ids = torch.randint(9, (2, 6))
+    hidden, _ = network.rnn(nn.functional.one_hot(ids, 9).float())
+    torch.testing.assert_close(network(ids)[0], network.output(hidden))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary_size", "embedding_size", "tied", "input_size"),
+    [
+        (LARGEST_ONE_HOT, None, False, LARGEST_ONE_HOT),
+        (LARGEST_ONE_HOT + 1, None, False, DEFAULT_EMBEDDING),
+        (LARGEST_ONE_HOT + 1, 0, False, LARGEST_ONE_HOT + 1),
+        (10, 4, False, 4),
+        (10, None, True, 6),
+    ],
+)
+def test_the_input_is_one_hot_or_an_embedding(
+    vocabulary_size: int, embedding_size: int | None, tied: bool, input_size: int
+) -> None:
+    network = CharRNN(vocabulary_size, "gru", 6, embedding_size=embedding_size, tied=tied)
+    assert network.rnn.input_size == input_size
+    assert network(torch.zeros(2, 3, dtype=torch.long))[0].shape == (2, 3, vocabulary_size)
+
+
+def test_tied_weights_are_one_matrix() -> None:
+    network = CharRNN(10, "gru", 6, tied=True)
+    assert network.embedding is not None
+    assert network.output.weight is network.embedding.weight
+    with pytest.raises(InputError, match="hidden_size=6"):
+        CharRNN(10, "gru", 6, embedding_size=5, tied=True)
+
+
+def test_forget_gates_begin_open() -> None:
+    network = CharRNN(10, "lstm", 4, num_layers=2)
+    for layer in range(2):
+        bias = getattr(network.rnn, f"bias_ih_l{layer}") + getattr(network.rnn, f"bias_hh_l{layer}")
+        assert bias[4:8].tolist() == [1.0] * 4
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    network = CharRNN(10, "rnn", 8, dropout=0.5)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert not torch.equal(network(ids)[0], network(ids)[0])
+    network.eval()
+    assert torch.equal(network(ids)[0], network(ids)[0])

@@ -1,0 +1,227 @@
+"""A run from begin to end: its folder, its checkpoint, its going on, its trackers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from charlm.checkpoint import open_checkpoint
+from charlm.config import TrainConfig
+from charlm.errors import InputError
+from charlm.run import newest_completed
+from charlm.tracking import wandb_mode
+from train import train
+
+Composed = Callable[..., TrainConfig]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Return the metrics of a run but its speed, which no two runs share."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        del row["characters_per_second"]
+    return found
+
+
+def result(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def run(composed: Composed, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished small run."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    train(composed(*tiny), folder)
+    return folder
+
+
+def test_a_run_keeps_what_it_was_told_and_what_it_came_to(run: Path) -> None:
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert names == {
+        *("config.yaml", "metrics.csv", "samples.jsonl", "result.json"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    }
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["hidden_size"] == 16
+    assert result(run)["status"] == "completed"
+
+
+def test_metrics_agree_with_the_result(run: Path) -> None:
+    found = rows(run)
+    assert [row["step"] for row in found if row["train/loss"]] == ["5", "10", "15", "20"]
+    validated = {row["step"]: float(row["val/loss"]) for row in found if row["val/loss"]}
+    assert list(validated) == ["10", "20"]
+    assert result(run)["val/loss"] == pytest.approx(min(validated.values()), rel=1e-6)
+    tested = next(row for row in found if row["test/loss"])
+    assert float(tested["test/bpc"]) == pytest.approx(float(tested["test/loss"]) / math.log(2))
+    assert float(tested["test/bpb"]) == pytest.approx(float(tested["test/bpc"]))  # an ASCII text
+    assert float(tested["test/loss_standard_error"]) > 0
+
+
+def test_samples_come_greedy_and_at_each_temperature_while_training_and_from_the_best(run: Path) -> None:
+    found = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["temperature"]) for row in found] == [
+        *((10, 0.0), (10, 0.5), (10, 1.0)),
+        *((20, 0.0), (20, 0.5), (20, 1.0)),
+    ]
+    assert {len(row["text"]) for row in found} == {30}
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_checkpoint_is_plain_values_and_suffices(run: Path, name: str) -> None:
+    path = run / "checkpoints" / f"{name}.ckpt"
+    content = torch.load(path, weights_only=True)
+    model = open_checkpoint(path)
+    assert content["hyper_parameters"]["symbols"] == model.vocabulary.symbols
+    assert all(torch.equal(content["state_dict"][key], value) for key, value in model.state_dict().items())
+
+
+def test_a_completed_run_is_not_run_again(
+    run: Path, composed: Composed, tiny: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (run / "metrics.csv").read_bytes()
+    with caplog.at_level(logging.INFO, "charlm"):
+        assert train(composed(*tiny), run) == pytest.approx(result(run)["val/loss"])
+    assert "is complete" in caplog.text
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
+    run: Path, composed: Composed, tiny: list[str]
+) -> None:
+    with pytest.raises(InputError, match=r"model\.hidden_size: 16 there, 17 now"):
+        train(composed(*tiny, "model.hidden_size=17"), run)
+
+
+def test_the_newest_completed_run_is_found(run: Path) -> None:
+    assert newest_completed(run.parent) == run
+    assert newest_completed(run / "checkpoints") is None
+
+
+def test_the_same_seed_gives_the_same_run(run: Path, composed: Composed, tiny: list[str], tmp_path: Path) -> None:
+    train(composed(*tiny), tmp_path / "again")
+    assert rows(tmp_path / "again") == rows(run)
+    assert (tmp_path / "again" / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+
+
+class _Fail(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 13:
+            raise RuntimeError("the power went out")
+
+
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_run_that_failed_goes_on_as_if_it_had_not(
+    order: str, composed: Composed, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*tiny, f"data.order={order}", "model.dropout=0.3", "model.num_layers=2")
+    train(config, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        fit = L.Trainer.fit
+
+        def fit_and_fail(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            trainer.callbacks.append(_Fail())  # type: ignore[attr-defined]
+            fit(trainer, *args, **kwargs)
+
+        patch.setattr(L.Trainer, "fit", fit_and_fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(config, tmp_path / "disturbed")
+    assert result(tmp_path / "disturbed")["status"] == "failed"
+    assert "the power went out" in result(tmp_path / "disturbed")["error"]
+    train(config, tmp_path / "disturbed")
+    weights = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("undisturbed", "disturbed")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    steps = [[row["step"] for row in rows(tmp_path / name)] for name in ("undisturbed", "disturbed")]
+    assert steps[0] == steps[1]
+
+
+def test_without_a_test_split_the_run_ends_with_its_validation(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    loss = train(composed(*tiny, "data.fractions=[0.9,0.1,0]"), tmp_path / "run")
+    assert result(tmp_path / "run")["val/loss"] == pytest.approx(loss)
+    assert "test/loss" not in result(tmp_path / "run")
+
+
+def test_the_last_steps_are_validated_whatever_the_interval(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    train(composed(*tiny, "trainer.max_steps=14", "trainer.val_check_interval=10"), tmp_path / "steps")
+    assert [row["step"] for row in rows(tmp_path / "steps") if row["val/loss"]] == ["10", "14"]
+    epochs = ("trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.limit_train_batches=12")
+    train(composed(*tiny, *epochs), tmp_path / "epochs")
+    assert [row["step"] for row in rows(tmp_path / "epochs") if row["val/loss"]] == ["10", "12"]
+
+
+def test_training_stops_early_when_the_loss_no_longer_falls(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    # At a rate of nothing the loss stays: the second validation is no better than the first.
+    still = ("early_stopping.patience=1", "optimizer.learning_rate=1e-30", "trainer.max_steps=100")
+    train(composed(*tiny, *still), tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
+
+
+def test_wandb_shows_the_runs_numbers_offline(composed: Composed, tiny: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(composed(*tiny, "logger=wandb", "logger.tags=[small]"), folder)
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    shown = subprocess.run(
+        [wandb, "leet", "inspect", "--summary", "--json", str(offline)], capture_output=True, text=True, check=True
+    ).stdout
+    run = json.loads(shown)
+    last = [row for row in rows(folder) if row["val/loss"]][-1]
+    assert float(run["summary"]["val/loss"]) == pytest.approx(float(last["val/loss"]), rel=1e-6)
+    assert float(run["summary"]["test/loss"]) == pytest.approx(result(folder)["test/loss"], rel=1e-6)
+    assert run["exit_code"] == 0
+    assert "${" not in json.dumps(run["config"])
+    assert "hidden_size" in json.dumps(run["config"])
+    tables = [json.loads(path.read_text()) for path in offline.glob("files/media/table/samples_*.json")]
+    assert sum(len(table["data"]) for table in tables) == 6
+    assert {tuple(table["columns"]) for table in tables} == {("step", "temperature", "prompt", "text")}
+
+
+def test_wandb_is_online_by_request_or_credentials_alone(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def mode(*overrides: str) -> str:
+        return wandb_mode(composed(*overrides).logger)[0]  # type: ignore[arg-type]
+
+    assert mode() == "offline"
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert mode() == "offline"
+    assert mode("logger.mode=online") == "online"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert mode() == "online"
+
+
+def test_a_server_out_of_reach_leaves_the_run_offline(
+    tiny: list[str], tmp_path: Path, program: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    nobody = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = program("train.py", *tiny, "logger=wandb", "hydra.run.dir=run", **nobody)
+    assert done.returncode == 0, done.stderr
+    assert "W&B: offline (online failed" in done.stdout
+    assert result(tmp_path / "run")["status"] == "completed"
