@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_streams_go_on_where_they_were_and_read_whole_windows() -> None:
     batches = list(LaneBatches(BLOCK, lanes, 4, 10))
     assert [stop - start for start, stop in lanes] == [41] * 4
     assert [batch.fresh for batch in batches] == [True, False, False, False]
-    for before, after in zip(batches[:-1], batches[1:], strict=True):
+    for before, after in itertools.pairwise(batches):
         assert before.tokens[:, -1].tolist() == after.tokens[:, 0].tolist()
         assert before.lengths is not None
         assert before.lengths.tolist() == [10] * 4
@@ -163,7 +164,7 @@ def test_streams_share_lanes_out_by_length() -> None:
 
 
 def test_streams_refuse_what_leaves_no_window() -> None:
-    with pytest.raises(InputError, match="shorter than data.window"):
+    with pytest.raises(InputError, match=r"shorter than data\.window"):
         stream_lanes([(0, 30)], 4, 10)
     with pytest.raises(InputError, match="must not be joined"):
         stream_lanes([(0, 30), (30, 60), (60, 90)], 2, 10)

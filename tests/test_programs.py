@@ -1,0 +1,159 @@
+"""train.py and sample.py as a user runs them: what they print, refuse and leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from charlm.config import TrainConfig
+from train import train
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished small run."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    train(composed(*tiny), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("train.py", ["data=text", "data.path=none.txt"], "none.txt does not exist"),
+        ("train.py", ["data=text", "data.path=empty.txt"], "holds no text"),
+        ("train.py", ["data=text", "data.path=folder"], "a folder without a file"),
+        ("train.py", ["data=text", "data.path=bytes.txt"], "byte 0xff at offset 600"),
+        ("train.py", ["data=text", "data.path=short.txt"], "data.window=39 is the largest that fits"),
+        (
+            "train.py",
+            ["data=text", "data.path=short.txt", "data.window=20", "data.batch_size=1000"],
+            "lower data.batch_size",
+        ),
+        ("train.py", ["data.widow=3"], "did you mean data.window?"),
+        ("train.py", ["trainer.max_step=3"], "did you mean trainer.max_steps?"),
+        ("train.py", ["data.window=abc"], "could not be converted to Integer"),
+        ("train.py", ["model=lst"], "choose from gru, lstm, rnn"),
+        ("train.py", ["model.hidden_size=0"], "model.hidden_size=0 must be 1 or more"),
+        ("train.py", ["model.dropout=1.5"], "model.dropout=1.5"),
+        ("train.py", ["sampling.temperature=-1"], "temperature=-1"),
+        ("train.py", ["sampling.prompt=Привет, мир"], "'П' (U+041F)"),
+        ("train.py", ["trainer.accelerator=gpu", "trainer.devices=3"], "trainer.devices=3"),
+        ("train.py", ["data.window"], "not of the form name=value"),
+        ("sample.py", [], "no run in runs/ has completed"),
+        ("sample.py", ["checkpoint=none.ckpt"], "none.ckpt does not exist"),
+        ("sample.py", ["checkpoint=short.txt"], "not a checkpoint of charlm's"),
+        ("sample.py", ["temperature=-0.5"], "temperature=-0.5"),
+        ("sample.py", ["lenght=3"], "did you mean length?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
+    script: str, arguments: list[str], says: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes.txt").write_bytes(b"text\n" * 120 + b"\xff")
+    (tmp_path / "short.txt").write_text("0123456789" * 40)
+    before = sorted(tmp_path.rglob("*"))
+    done = program(script, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_prompt_character_of_no_use_is_refused_before_anything_is_written(
+    run: Path, program: Program, tmp_path: Path
+) -> None:
+    done = program("sample.py", f"checkpoint={run}", "prompt=seé", "output=texts.jsonl")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "'é' (U+00E9)" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_stand_under_their_temperatures_and_in_a_file(run: Path, program: Program, tmp_path: Path) -> None:
+    given = (f"checkpoint={run}", "prompt=The ", "length=25", "temperature=[0,0.5,inf]", "output=texts.jsonl")
+    first, second = program("sample.py", *given), program("sample.py", *given)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [row["temperature"] for row in rows] == [0.0, 0.5, "inf"]
+    headings = ("--- greedy ---", "--- temperature 0.5 ---", "--- temperature inf ---")
+    expected = "".join(f"{heading}\nThe {row['text']}\n" for heading, row in zip(headings, rows, strict=True))
+    assert first.stdout == expected
+    assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
+
+
+def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: Path, program: Program) -> None:
+    given = (f"checkpoint={run}", "prompt_file=-", "length=25", "temperature=1.0", "num_samples=3")
+    done = program("sample.py", *given, stdin="Some sea\nThe ")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Some sea\nThe ") == 3
+    texts = done.stdout.split("--- temperature 1, sample ")[1:]
+    assert len({text.split("---\n")[1] for text in texts}) == 3
+
+
+def test_a_text_is_taken_as_it_stands(run: Path, program: Program) -> None:
+    prompt = "The sea, and (some) = {hill} ${x} 'q' "
+    done = program(
+        "sample.py", f"checkpoint={run}", f"prompt={prompt}", "length=1", "temperature=0", "on_unknown=replace"
+    )
+    assert done.returncode == 0, done.stderr
+    assert prompt in done.stdout
+
+
+def test_help_answers_with_the_choices(program: Program) -> None:
+    for script, word in (("train.py", "seed_notebook"), ("sample.py", "temperature")):
+        done = program(script, "--help")
+        assert done.returncode == 0
+        assert word in done.stdout
+
+
+def test_a_log_file_has_no_progress_bar(tiny: list[str], program: Program, tmp_path: Path) -> None:
+    done = program("train.py", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stdout + done.stderr
+    assert "step     20 of 20" in done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "train.log").exists()
+    assert program("sample.py", "length=5", "temperature=0").stdout.startswith("the newest completed run: ")
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tiny: list[str], program: Program, tmp_path: Path) -> None:
+    """Each rank reads its own half of every batch, so that losses agree to rounding, and validation counts all once."""
+    same = ("model.dropout=0", "trainer.max_steps=10", "model=gru")
+    two = program("train.py", *tiny, *same, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two")
+    one = program("train.py", *tiny, *same, "trainer.devices=1", "data.batch_size=8", "hydra.run.dir=one")
+    assert (two.returncode, one.returncode) == (0, 0), two.stderr + one.stderr
+    assert two.stdout.count("kept in") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one")]
+    for figure in ("val/loss", "test/loss", "test/loss_windowed"):
+        assert results[0][figure] == pytest.approx(results[1][figure], rel=1e-4)
+
+
+def test_a_sweep_runs_every_combination(tiny: list[str], program: Program, tmp_path: Path) -> None:
+    sweep = ("model=lstm,gru", "model.hidden_size=8,12", "sampling.temperature=0.5,1.0")
+    kept = [override for override in tiny if not override.startswith(("model.", "sampling.temp"))]
+    done = program(
+        "train.py", "-m", *kept, *sweep, "trainer.max_steps=4", "trainer.val_check_interval=4", "hydra.sweep.dir=s"
+    )
+    assert done.returncode == 0, done.stderr
+    configs = [json.loads((tmp_path / "s" / str(i) / "result.json").read_text())["status"] for i in range(8)]
+    assert configs == ["completed"] * 8
+
+
+def test_a_bad_job_of_a_sweep_does_not_keep_the_others(tiny: list[str], program: Program, tmp_path: Path) -> None:
+    kept = [override for override in tiny if not override.startswith("model.")]
+    done = program("train.py", "-m", *kept, "model.hidden_size=0,8", "hydra.sweep.dir=s")
+    assert done.returncode == 2
+    assert "model.hidden_size=0 must be 1 or more" in done.stderr
+    assert json.loads((tmp_path / "s" / "1" / "result.json").read_text())["status"] == "completed"
