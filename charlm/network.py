@@ -78,7 +78,8 @@ class CharRNN(nn.Module):
         hidden_size = self.rnn.hidden_size
         if one_hot:
             # torch draws from +-1/sqrt(H), meant for sums over many inputs. Of a one-hot input one column counts, so
-            # its spread is that of the sum: 2 learns twice as fast here as 1, and many times as fast as torch's.
+            # its spread is that of the sum. LSTM 192, batch 64, 250 steps on python_docs: val 1.34 nats with 2, 1.46
+            # with 1.
             nn.init.normal_(self.rnn.weight_ih_l0, std=2.0)
         if isinstance(self.rnn, nn.LSTM):
             # A forget gate that begins open carries gradients far (Jozefowicz et al., 2015). Gate order: i, f, g, o.
