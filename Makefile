@@ -12,7 +12,7 @@ train: .venv/train.stamp
 	.venv/bin/python train.py
 
 test: check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
 
 check: .venv/dev.stamp
 	.venv/bin/ruff check .
