@@ -79,6 +79,31 @@ def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -
     return [int(i) for i in vocabulary.encode(prompt)]
 
 
+@torch.inference_mode()
+def next_character_entropy(network: CharRNN, ids: Tensor) -> Tensor:
+    """Return how unsure the network is of the character behind each one.
+
+    The entropy (Shannon, "A mathematical theory of communication", 1948) of its own distribution over all symbols: at
+    temperature 1, whatever the text was drawn at. One forward pass scores the whole text; of a prompt and a text of n
+    characters, `[:, -n - 1 : -1]` belongs to the n drawn ones.
+
+    Args:
+        network: on the device of `ids`.
+        ids: int32 or int64, shape (B, T).
+
+    Returns:
+        Nats, between 0 and log V, shape (B, T).
+    """
+    training = network.training
+    network.eval()
+    try:
+        log_probabilities = network(ids)[0].float().log_softmax(dim=-1)  # (B, T, V)
+    finally:
+        network.train(training)
+    entropy: Tensor = torch.special.entr(log_probabilities.exp()).sum(dim=-1)
+    return entropy
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws texts from a network.

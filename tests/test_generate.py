@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from charlm.errors import InputError
-from charlm.generate import Sampler, draw, prompt_ids
+from charlm.generate import Sampler, draw, next_character_entropy, prompt_ids
 from charlm.network import CharRNN
 from charlm.vocabulary import END, UNKNOWN, Vocabulary
 
@@ -127,3 +127,24 @@ def test_an_unknown_prompt_character_is_named(sampler: Sampler) -> None:
     with pytest.raises(InputError, match=r"the prompt has 'é' \(U\+00E9\)"):
         prompt_ids(sampler.vocabulary, "abé")
     assert prompt_ids(sampler.vocabulary, "abé", "replace") == [2, 3, 0]
+
+
+def test_the_entropy_of_the_next_character_is_that_of_the_networks_distribution(sampler: Sampler) -> None:
+    ids = torch.tensor([[2, 5, 7], [3, 3, 1]])
+    logits = sampler.network.eval()(ids)[0].detach().double().numpy()  # (B, T, V)
+    weights = np.exp(logits)
+    probabilities = weights / weights.sum(axis=-1, keepdims=True)
+    expected = -(probabilities * np.log(probabilities)).sum(axis=-1)
+    sampler.network.train()
+    entropy = next_character_entropy(sampler.network, ids)
+    assert sampler.network.training
+    assert entropy.numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_entropy_lies_between_certain_and_uniform(sampler: Sampler) -> None:
+    size = len(sampler.vocabulary)
+    sampler.network.output.weight.data.zero_()
+    sampler.network.output.bias.data.zero_()
+    assert next_character_entropy(sampler.network, torch.tensor([[1]])).item() == pytest.approx(np.log(size), abs=1e-5)
+    sampler.network.output.bias.data[3] = 1e4
+    assert next_character_entropy(sampler.network, torch.tensor([[1]])).item() == 0
