@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -14,11 +15,16 @@ from omegaconf import DictConfig
 from charlm import commandline
 from charlm.config import TrainConfig, register
 
+if TYPE_CHECKING:
+    from charlm.run import Run
+
 log = logging.getLogger("charlm")
 
 
 def train(config: TrainConfig, folder: Path) -> float:
     """Train, test and sample one model; go on with what `folder` holds of it.
+
+    Where all is done, only write what other sampling settings give.
 
     Args:
         config: what to train on what, and how.
@@ -48,14 +54,14 @@ def train(config: TrainConfig, folder: Path) -> float:
         log.setLevel(logging.ERROR)  # the first rank speaks for all
     run = Run(folder, config.resolved)
     if run.completed:
-        log.info(f"{folder} is complete, val {run.result['val/loss']:.4f} nats; to train anew, choose another folder")
-        return float(run.result["val/loss"])
+        return write_again(config, run)
 
     L.seed_everything(config.seed, verbose=False)
     data = CharDataModule(config.data, config.seed)
     data.setup()
     vocabulary = data.corpus.vocabulary
-    prompt_ids(vocabulary, config.sampling.prompt, config.sampling.on_unknown)  # refused now, not at the first sample
+    for sampling in (asdict(config.sampling), *run.sampled.asked()):  # refused now, not at the first sample
+        prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
     arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, config.model)}
     callbacks = build_callbacks(config, run, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
@@ -68,6 +74,8 @@ def train(config: TrainConfig, folder: Path) -> float:
     describe(model, data, trainer)
 
     run.begin()
+    if run.completed:  # by the process that it waited for
+        return write_again(config, run)
     with run.recorded(), tracked(trainer, config, run):
         with logging_redirect_tqdm():  # log lines above the progress bar, not through it
             trainer.fit(model, data, ckpt_path=run.last_checkpoint, weights_only=True)
@@ -79,6 +87,30 @@ def train(config: TrainConfig, folder: Path) -> float:
     log.info(describe_result(figures))
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
     return figures["val/loss"]
+
+
+def write_again(config: TrainConfig, run: Run) -> float:
+    """Have a finished training write with the sampling settings that are new to it, those that a sweep asked for too.
+
+    Returns:
+        Its lowest validation loss.
+    """
+    from charlm.checkpoint import open_checkpoint
+    from charlm.console import shown
+    from charlm.sampled import drawn_with
+
+    loss = float(run.result["val/loss"])
+    log.info(f"{run.folder} is complete, val {loss:.4f} nats; to train anew, choose another folder")
+    sampling = asdict(config.sampling)
+    if drawn_with(sampling) != drawn_with(run.told["sampling"]) and not run.sampled.holds(sampling):
+        run.sampled.ask([sampling, *run.sampled.asked()])
+    if any(run.sampled.asked()):
+        model = open_checkpoint(run.checkpoints / "best.ckpt")
+        for rows in run.sampled.write(model.network, model.vocabulary, config.seed, run.last_step):
+            for row in rows:
+                log.info(shown(row, "the best checkpoint"))
+        log.info(f"kept in {run.folder / 'sampled'}")
+    return loss
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

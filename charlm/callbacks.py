@@ -14,9 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, TrainSamplingConfig
-from charlm.console import heading, printable
+from charlm.console import shown
 from charlm.files import json_lines
-from charlm.generate import Sampler, prompt_ids
+from charlm.generate import sample_rows
 from charlm.metrics import bits
 from charlm.module import CharLM
 from charlm.network import State
@@ -188,28 +188,35 @@ class Samples(L.Callback):
         self._write(trainer, pl_module, f"step {step:,}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "the best checkpoint")
+        self._write_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # instead of a test, where there is no test split
-            self._write(trainer, pl_module, "the best checkpoint")
+            self._write_last(trainer, pl_module)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, source: str) -> None:
         assert isinstance(pl_module, CharLM)
-        config = self._config
+        config, step = self._config, trainer.global_step
         temperatures = [0.0, *(t for t in config.temperatures if t != 0)]
-        sampler = Sampler(pl_module.network, pl_module.vocabulary, config.top_k, config.top_p)
-        prompt = prompt_ids(pl_module.vocabulary, config.prompt, config.on_unknown)
-        texts = sampler.texts(prompt, config.length, temperatures, [(self._seed, 0)] * len(temperatures))
-        rows: list[dict[str, Any]] = [
-            {"step": trainer.global_step, "temperature": temperature, "prompt": config.prompt, "text": text}
-            for temperature, text in zip(temperatures, texts, strict=True)
-        ]
+        rows = sample_rows(pl_module.network, pl_module.vocabulary, config, temperatures, self._seed, step)
         with self._run.samples.open("a", encoding="utf-8") as file:
             file.write(json_lines(rows))
+        self._show(trainer, rows, source)
+
+    @rank_zero_only
+    def _write_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write with the best checkpoint, and what was asked for at other settings too."""
+        assert isinstance(pl_module, CharLM)
+        self._write(trainer, pl_module, "the best checkpoint")
+        asked = self._run.sampled.write(pl_module.network, pl_module.vocabulary, self._seed, trainer.global_step)
+        for rows in asked:
+            self._show(trainer, rows, "the best checkpoint")
+
+    @staticmethod
+    def _show(trainer: L.Trainer, rows: list[dict[str, Any]], source: str) -> None:
         for row in rows:
-            log.info(f"--- {source}, {heading(row['temperature'])} ---\n{printable(config.prompt + row['text'])}")
+            log.info(shown(row, source))
         for logger in trainer.loggers:
             if isinstance(logger, WandbTracker):
                 logger.log_samples(rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # Control characters could move the cursor, recolour or lock a terminal; of a corpus, they may come back in any sample.
 # Newline and tab stay. Shown as Unicode's control pictures, those of the C1 range and the marks that turn the writing
 # direction as escapes.
@@ -21,3 +24,8 @@ def printable(text: str) -> str:
 def heading(temperature: float) -> str:
     """Return what to call a sample drawn at this temperature."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def shown(row: Mapping[str, Any], source: str) -> str:
+    """Return a row of samples.jsonl as the log shows it."""
+    return f"--- {source}, {heading(row['temperature'])} ---\n{printable(row['prompt'] + row['text'])}"

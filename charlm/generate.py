@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from charlm.config import SamplingConfig
 from charlm.errors import InputError
 from charlm.network import CharRNN, State
 from charlm.vocabulary import UNKNOWN, Vocabulary
@@ -207,3 +209,25 @@ class Sampler:
     def _ruled_out(self, logits: Tensor) -> Tensor:
         logits[:, self.vocabulary.unknown_id] = -torch.inf  # stands for no character that could be written
         return logits
+
+
+def sample_rows(
+    network: CharRNN,
+    vocabulary: Vocabulary,
+    sampling: SamplingConfig,
+    temperatures: Sequence[float],
+    seed: int,
+    step: int,
+) -> list[dict[str, Any]]:
+    """Draw a text at each temperature, as rows of a run's samples.jsonl: step, temperature, prompt, text.
+
+    Raises:
+        InputError: the prompt has characters that the training text lacks.
+    """
+    prompt = prompt_ids(vocabulary, sampling.prompt, sampling.on_unknown)
+    sampler = Sampler(network, vocabulary, sampling.top_k, sampling.top_p)
+    texts = sampler.texts(prompt, sampling.length, temperatures, [(seed, 0)] * len(temperatures))
+    return [
+        {"step": step, "temperature": temperature, "prompt": sampling.prompt, "text": text}
+        for temperature, text in zip(temperatures, texts, strict=True)
+    ]

@@ -3,6 +3,7 @@
 config.yaml       every setting, resolved            checkpoints/best.ckpt   lowest val/loss
 metrics.csv       what was measured, by step         checkpoints/last.ckpt   to resume from
 samples.jsonl     text drawn while training          result.json             status, losses, what made them
+sampled/          text at other sampling settings    .lock                   held by the process that trains here
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from charlm.errors import InputError
 from charlm.files import write_whole
+from charlm.sampled import Sampled
 
 log = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 class Run:
@@ -35,6 +40,8 @@ class Run:
     Args:
         folder: where it is or is to be.
         config: every setting as plain values.
+
+    Sampling settings change no weight: a run may go on with others, and a finished one writes with others.
 
     Raises:
         InputError: the folder holds a run of another configuration.
@@ -46,17 +53,28 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.csv"
         self.samples = folder / "samples.jsonl"
+        self.sampled = Sampled(folder)
         self._begun = time.time()
         self._config_file = folder / "config.yaml"
         self._result_file = folder / "result.json"
-        if self._config_file.exists():
-            earlier = yaml.safe_load(self._config_file.read_text(encoding="utf-8"))
-            differing = sorted(_differences(earlier, config))
-            if differing:
-                raise InputError(
-                    f"{folder} holds a run of another configuration ({'; '.join(differing[:3])}); choose another "
-                    "folder with hydra.run.dir, or give the same settings to go on with it"
-                )
+        self._lock = FileLock(folder / LOCK)
+        self._refuse_another()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The settings that the folder's run was told; those of this run where it is not begun."""
+        if not self._config_file.exists():
+            return self.config
+        told: dict[str, Any] = yaml.safe_load(self._config_file.read_text(encoding="utf-8"))
+        return told
+
+    def _refuse_another(self) -> None:
+        differing = sorted(_differences(_of_training(self.told), _of_training(self.config)))
+        if differing:
+            raise InputError(
+                f"{self.folder} holds a run of another configuration ({'; '.join(differing[:3])}); choose another "
+                "folder with hydra.run.dir, or give the same settings to go on with it"
+            )
 
     @property
     def result(self) -> dict[str, Any]:
@@ -86,10 +104,25 @@ class Run:
             rows = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
             write_whole(self.samples, "".join(row for row in rows if json.loads(row)["step"] <= step))
 
+    @property
+    def last_step(self) -> int:
+        """How many optimizer steps the training took."""
+        return int(self.metrics.read_text(encoding="utf-8").splitlines()[-1].split(",", 1)[0])
+
     @rank_zero_only
     def begin(self) -> None:
-        """Make the folder and write what the run was told."""
+        """Make the folder and write what the run was told. Where another process trains in it, wait for its end.
+
+        Raises:
+            InputError: the folder holds a run of another configuration by then.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            log.info(f"another process trains in {self.folder}; waiting for its end")
+            self._lock.acquire()
+            self._refuse_another()
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         write_whole(self._config_file, text)
 
@@ -107,6 +140,8 @@ class Run:
             self._end("failed", error=f"{type(error).__name__}: {error}")
             log.error(f"failed; {self._kept}")
             raise
+        finally:
+            self._lock.release()
 
     def complete(self, figures: Mapping[str, Any]) -> None:
         """Write down that the run completed, and what it came to."""
@@ -141,6 +176,10 @@ def newest_completed(runs: Path) -> Path | None:
         if isinstance(result, dict) and result.get("status") == "completed":
             completed.append((file.stat().st_mtime, file.parent))
     return max(completed)[1] if completed else None
+
+
+def _of_training(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "sampling"}
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from charlm.checkpoint import open_checkpoint
 from charlm.config import TrainConfig
 from charlm.errors import InputError
 from charlm.run import newest_completed
+from charlm.sampled import Sampled
 from charlm.tracking import wandb_mode
 from train import train
 
@@ -52,7 +54,7 @@ def run(composed: Composed, tiny: list[str], tmp_path_factory: pytest.TempPathFa
 def test_a_run_keeps_what_it_was_told_and_what_it_came_to(run: Path) -> None:
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names == {
-        *("config.yaml", "metrics.csv", "samples.jsonl", "result.json"),
+        *(".lock", "config.yaml", "metrics.csv", "samples.jsonl", "result.json"),
         *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
     }
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["hidden_size"] == 16
@@ -104,6 +106,46 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 ) -> None:
     with pytest.raises(InputError, match=r"model\.hidden_size: 16 there, 17 now"):
         train(composed(*tiny, "model.hidden_size=17"), run)
+
+
+def test_a_finished_run_writes_at_other_settings_and_is_not_trained_again(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(composed(*tiny), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = composed(*tiny, "sampling.temperature=[0.5,1.7]", "sampling.prompt=The")
+    for _ in range(2):
+        assert train(other, folder) == result(folder)["val/loss"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.suffix for path in (folder / "sampled").iterdir()) == [".jsonl", ".yaml"]
+    (file,) = (folder / "sampled").glob("*.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["step"], row["temperature"], row["prompt"]) for row in found] == [(20, 0.5, "The"), (20, 1.7, "The")]
+
+
+def test_what_was_asked_of_a_training_beforehand_it_writes_at_its_end(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    """And the same text as when it is asked afterwards, from the checkpoint."""
+    asked = composed(*tiny, "sampling.temperature=0.7").resolved["sampling"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    Sampled(before).ask([asked])
+    train(composed(*tiny), before)
+    train(composed(*tiny), after)
+    train(composed(*tiny, "sampling.temperature=0.7"), after)
+    assert Sampled(before).rows_file(asked).read_text() == Sampled(after).rows_file(asked).read_text()
+    assert not list(Sampled(before).asked())
+
+
+def test_a_second_process_waits_for_the_one_that_trains_in_a_folder(
+    composed: Composed, tiny: list[str], program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(2) as both:
+        ended = list(both.map(lambda _: program("train.py", *tiny, "hydra.run.dir=run"), range(2)))
+    assert [done.returncode for done in ended] == [0, 0]
+    assert sum("is complete" in done.stdout for done in ended) == 1
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
 
 
 def test_the_newest_completed_run_is_found(run: Path) -> None:

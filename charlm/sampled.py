@@ -1,0 +1,93 @@
+"""Texts that a finished training wrote at other sampling settings than its own: sampled/ in its run's folder.
+
+    sampled/<key>.yaml    the settings, which are there first and thereby ask for the texts
+    sampled/<key>.jsonl   the texts, in the form of samples.jsonl
+
+Sampling settings change no weight. So jobs of a sweep that differ in nothing else share one training, which writes what
+the others ask for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from charlm.config import SamplingConfig
+from charlm.files import json_lines, write_whole
+
+if TYPE_CHECKING:  # a sweep asks without waiting for torch
+    from charlm.network import CharRNN
+    from charlm.vocabulary import Vocabulary
+
+
+def drawn_with(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's sampling settings that decide what a finished training writes, in one form."""
+    given = sampling["temperature"]
+    temperatures = [float(value) for value in (given if isinstance(given, list) else [given])]
+    return {
+        **{name: sampling[name] for name in sorted(sampling) if name != "every_n_steps"},
+        "temperature": temperatures,
+    }
+
+
+class Sampled:
+    """What is asked for, and what there is of it.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "sampled"
+
+    def rows_file(self, sampling: Mapping[str, Any]) -> Path:
+        """Return where the texts of these settings are kept: by temperature, and by what all settings are."""
+        settings = drawn_with(sampling)
+        temperatures = "-".join(f"{value:g}" for value in settings["temperature"][:8])
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+        return self._folder / f"{temperatures}_{digest}.jsonl"
+
+    def holds(self, sampling: Mapping[str, Any]) -> bool:
+        """Whether the texts of these settings are there."""
+        return self.rows_file(sampling).exists()
+
+    def ask(self, samplings: Iterable[Mapping[str, Any]]) -> None:
+        """Ask for the texts of all these settings, and no longer for what was asked for earlier and is not there."""
+        for file in self._folder.glob("*.yaml"):
+            if not file.with_suffix(".jsonl").exists():
+                file.unlink()
+        for sampling in samplings:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(drawn_with(sampling), sort_keys=False, allow_unicode=True)
+            write_whole(self.rows_file(sampling).with_suffix(".yaml"), text)
+
+    def asked(self) -> Iterator[dict[str, Any]]:
+        """Yield the settings whose texts are asked for and not yet there."""
+        for file in sorted(self._folder.glob("*.yaml")):
+            if not file.with_suffix(".jsonl").exists():
+                yield yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    def write(self, network: CharRNN, vocabulary: Vocabulary, seed: int, step: int) -> Iterator[list[dict[str, Any]]]:
+        """Write all that is asked for and not yet there, and yield the rows of each settings.
+
+        Args:
+            network: of the best checkpoint.
+            vocabulary: the network's.
+            seed: the run's.
+            step: how many optimizer steps the training took.
+
+        Raises:
+            InputError: a prompt with characters that the training text lacks.
+        """
+        from charlm.generate import sample_rows
+
+        for settings in self.asked():
+            sampling = SamplingConfig(**settings)
+            rows = sample_rows(network, vocabulary, sampling, sampling.temperatures, seed, step)
+            write_whole(self.rows_file(settings), json_lines(rows))
+            yield rows
