@@ -46,9 +46,10 @@ def train(config: TrainConfig, folder: Path) -> float:
     from charlm.datamodule import CharDataModule
     from charlm.generate import prompt_ids
     from charlm.module import CharLM
+    from charlm.network import sized
     from charlm.run import Run
     from charlm.tracking import tracked
-    from charlm.trainer import build_trainer, choose_precision, describe, describe_result, step_budget
+    from charlm.trainer import build_trainer, choose_precision, describe, describe_result, epoch_steps, step_budget
 
     if rank_zero_only.rank != 0:
         log.setLevel(logging.ERROR)  # the first rank speaks for all
@@ -62,13 +63,22 @@ def train(config: TrainConfig, folder: Path) -> float:
     vocabulary = data.corpus.vocabulary
     for sampling in (asdict(config.sampling), *run.sampled.asked()):  # refused now, not at the first sample
         prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
-    arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, config.model)}
+    sizes = sized(config.model, len(vocabulary))
+    arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, sizes["hidden_size"])}
     callbacks = build_callbacks(config, run, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
-    total_steps = step_budget(trainer, data.steps_per_epoch(trainer.world_size))
+    steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
+    total_steps = step_budget(trainer, steps_per_epoch)
     captured = captures(config.capture, trainer, data, config.optimizer.name)
     build = CapturedCharLM if captured else CharLM
-    model = build(vocabulary.symbols, asdict(config.model), asdict(config.optimizer), total_steps)
+    model = build(
+        vocabulary.symbols,
+        sizes,
+        asdict(config.optimizer),
+        total_steps,
+        steps_per_epoch,
+        asdict(config.regularization),
+    )
     if isinstance(model, CapturedCharLM):
         model.take_over(trainer, data)
     describe(model, data, trainer)
@@ -83,7 +93,7 @@ def train(config: TrainConfig, folder: Path) -> float:
             judge(model, data, callbacks.best.best_model_path or None, verbose=False, weights_only=True)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         figures["val/loss"] = float(callbacks.best.best_model_score or math.nan)
-        run.complete(figures)
+        run.complete({**figures, "hidden_size": sizes["hidden_size"], "parameters": model.network.size})
     log.info(describe_result(figures))
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
     return figures["val/loss"]

@@ -122,6 +122,7 @@ def measure(path: str, cache: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     from charlm.datamodule import CharDataModule
     from charlm.module import CharLM
+    from charlm.network import sized
 
     torch.set_num_threads(1)
     register()
@@ -149,7 +150,9 @@ def measure(path: str, cache: str) -> None:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=120, limit_val_batches=0, callbacks=[clock], enable_model_summary=False, **quiet
     )
-    trainer.fit(CharLM(data.corpus.vocabulary.symbols, asdict(config.model), asdict(config.optimizer), 120), data)
+    vocabulary = data.corpus.vocabulary
+    sizes = sized(config.model, len(vocabulary))
+    trainer.fit(CharLM(vocabulary.symbols, sizes, asdict(config.optimizer), 120), data)
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps = np.diff(clock.times)[20:]
     print(

@@ -36,6 +36,7 @@ from charlm.capture import CapturedCharLM
 from charlm.config import TrainConfig, register
 from charlm.datamodule import CharDataModule
 from charlm.module import CharLM
+from charlm.network import sized
 from charlm.trainer import build_trainer, choose_precision
 from charlm.windows import Batch
 
@@ -84,7 +85,9 @@ def parts(
     data = CharDataModule(config.data, config.seed)
     data.setup()
     clock = Clock(skip, steps)
-    arguments = choose_precision(config.trainer, config.model) | {
+    vocabulary = data.corpus.vocabulary
+    sizes = sized(config.model, len(vocabulary))
+    arguments = choose_precision(config.trainer, sizes["hidden_size"]) | {
         "max_steps": skip + steps,
         "val_check_interval": 10**9,
         "limit_val_batches": 0,
@@ -96,7 +99,7 @@ def parts(
         default_root_dir=tempfile.gettempdir(),
         enable_checkpointing=False,
     )
-    model = build(data.corpus.vocabulary.symbols, asdict(config.model), asdict(config.optimizer), skip + steps)
+    model = build(vocabulary.symbols, sizes, asdict(config.optimizer), skip + steps)
     if isinstance(model, CapturedCharLM):
         model.take_over(trainer, data)
     return data, trainer, model, clock
@@ -221,7 +224,7 @@ def main() -> None:
                 taken = measure(config, 10, max(40, steps // 5) if eager else steps)
                 rates[way].append(batch * config.data.window / taken / 1e6)
         medians = {way: statistics.median(values) for way, values in rates.items()}
-        precision = choose_precision(config.trainer, config.model)["precision"]
+        precision = choose_precision(config.trainer, hidden)["precision"]
         line = f"{name:16}{precision:>10}" + "".join(f"{value:12.3f}" for value in medians.values())
         print(line + "".join(f"{medians[a] / medians[b]:22.2f}" for a, b in ratios), flush=True)
         rows.append({"case": name, "precision": precision, "rates": rates})

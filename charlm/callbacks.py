@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from charlm.averaging import WeightAverage
 from charlm.config import TrainConfig, TrainSamplingConfig
 from charlm.console import shown
 from charlm.files import json_lines
@@ -39,10 +41,13 @@ def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callba
     # Not saved on an exception: what is half through a step is no place to go on from exactly.
     last = ModelCheckpoint(run.checkpoints, "last", enable_version_counter=False)
     training_log = TrainingLog(config.trainer.get("log_every_n_steps") or 50)
+    decay = config.weight_average.decay
+    average = None if decay is None else WeightAverage(decay)
     callbacks = [
         training_log,
+        *([average] if average else []),
         FinalValidation(),
-        Samples(config.sampling, config.seed, run),
+        Samples(config.sampling, config.seed, run, average),
         ExactResume(run),
         best,
         last,
@@ -169,10 +174,11 @@ class Samples(L.Callback):
     Each sample goes to the console, to samples.jsonl and to every tracker that takes tables.
     """
 
-    def __init__(self, config: TrainSamplingConfig, seed: int, run: Run) -> None:
+    def __init__(self, config: TrainSamplingConfig, seed: int, run: Run, average: WeightAverage | None = None) -> None:
         self._config = config
         self._seed = seed
         self._run = run
+        self._average = average
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -185,7 +191,8 @@ class Samples(L.Callback):
         if step == self._step or step % self._config.every_n_steps or trainer.should_stop:
             return
         self._step = step
-        self._write(trainer, pl_module, f"step {step:,}")
+        with self._average.in_place(pl_module) if self._average else nullcontext():
+            self._write(trainer, pl_module, f"step {step:,}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write_last(trainer, pl_module)

@@ -200,7 +200,8 @@ class CapturedCharLM(CharLM):
         with plugin.forward_context():
             nats, state = self._score(batch, self.carried)
             loss = nats.mean()
-        (scaler.scale(loss) if scaler else loss).backward()
+        objective = self.network.regularizer.penalized(loss)
+        (scaler.scale(objective) if scaler else objective).backward()
         if scaler:
             scaler.unscale_(optimizer)
         bound, algorithm = self._clip

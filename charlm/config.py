@@ -38,6 +38,18 @@ def _at_least(bound: int, **values: int | None) -> None:
         _check(value is None or value >= bound, f"{name}={value} must be {bound} or more")
 
 
+def _count(name: str, value: Any) -> int:
+    """Return the whole number that is written as 500k, 1.2M, 1e6 or 1200000."""
+    text = str(value).strip()
+    unit = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1.0)
+    try:
+        number = float(text if unit == 1 else text[:-1]) * unit
+    except ValueError:
+        number = math.nan
+    _check(1 <= number < math.inf, f"{name}={value} must be a number of 1 or more, as 500k, 1.2M or 1e6")
+    return round(number)
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -138,15 +150,28 @@ class ModelConfig:
     """The network: see charlm/network.py."""
 
     cell: str = MISSING
-    hidden_size: int = MISSING
+    hidden_size: int | None = MISSING
+    parameters: Any = MISSING  # 1200000, 1.2M or 500k: chooses the hidden size; null where that is given
     num_layers: int = MISSING
     dropout: float = MISSING
     embedding_size: int | None = MISSING
     tied: bool = MISSING
+    uniform_init: float | None = MISSING
 
     def __post_init__(self) -> None:
         _one_of("model.cell", self.cell, ("lstm", "gru", "rnn"))
         _at_least(1, **{"model.hidden_size": self.hidden_size, "model.num_layers": self.num_layers})
+        _check(
+            (self.hidden_size is None) != (self.parameters is None),
+            "give model.hidden_size or model.parameters, which chooses it, not both"
+            if self.hidden_size
+            else "model.hidden_size=null needs model.parameters=NUMBER, which chooses it",
+        )
+        _check(
+            self.uniform_init is None or self.uniform_init > 0,
+            f"model.uniform_init={self.uniform_init} must be above 0",
+        )
+        self.parameters = None if self.parameters is None else _count("model.parameters", self.parameters)
         _at_least(0, **{"model.embedding_size": self.embedding_size})
         _check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be at least 0 and less than 1")
         _check(
@@ -154,6 +179,27 @@ class ModelConfig:
             f"model.tied=true makes input and output one matrix, so model.embedding_size={self.embedding_size} must be "
             f"model.hidden_size={self.hidden_size}; leave it null",
         )
+
+
+@dataclass
+class RegularizationConfig:
+    """What keeps a small text from being learnt by heart: see charlm/regularization.py."""
+
+    input_dropout: float = MISSING
+    hidden_dropout: float = MISSING
+    output_dropout: float = MISSING
+    embedding_dropout: float = MISSING
+    weight_dropout: float = MISSING
+    activation: float = MISSING
+    temporal_activation: float = MISSING
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            share = not name.endswith("activation")
+            _check(
+                0 <= value < (1 if share else math.inf),
+                f"regularization.{name}={value} must be at least 0{' and less than 1' if share else ''}",
+            )
 
 
 @dataclass
@@ -165,6 +211,8 @@ class OptimizerConfig:
     weight_decay: float = MISSING
     schedule: str = MISSING
     warmup_steps: int = MISSING
+    decay: float = MISSING
+    decay_after: int = MISSING
 
     def __post_init__(self) -> None:
         _check(
@@ -175,8 +223,9 @@ class OptimizerConfig:
             self.weight_decay >= 0 and math.isfinite(self.weight_decay),
             f"optimizer.weight_decay={self.weight_decay} must be 0 or more",
         )
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        _at_least(0, **{"optimizer.warmup_steps": self.warmup_steps})
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant", "exponential"))
+        _at_least(0, **{"optimizer.warmup_steps": self.warmup_steps, "optimizer.decay_after": self.decay_after})
+        _check(0 < self.decay <= 1, f"optimizer.decay={self.decay} must be above 0 and at most 1")
 
 
 @dataclass
@@ -276,6 +325,19 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class WeightAverageConfig:
+    """A moving average of the weights: see charlm/averaging.py."""
+
+    decay: float | None = MISSING
+
+    def __post_init__(self) -> None:
+        _check(
+            self.decay is None or 0 <= self.decay < 1,
+            f"weight_average.decay={self.decay} must be at least 0 and less than 1",
+        )
+
+
+@dataclass
 class SamplingConfig:
     """How text is drawn from a model."""
 
@@ -354,8 +416,10 @@ class TrainSchema:
     seed: int = MISSING
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
+    regularization: RegularizationConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     trainer: TrainerConfig = MISSING
+    weight_average: WeightAverageConfig = MISSING
     early_stopping: EarlyStoppingConfig = MISSING
     sampling: TrainSamplingConfig = MISSING
     logger: LoggerConfig = MISSING
@@ -368,9 +432,11 @@ class TrainConfig:
     seed: int
     data: DataConfig
     model: ModelConfig
+    regularization: RegularizationConfig
     optimizer: OptimizerConfig
     trainer: dict[str, Any]  # the arguments of Lightning's Trainer that were given
     capture: str | bool  # whether the step is one CUDA graph: "auto", True or False
+    weight_average: WeightAverageConfig
     early_stopping: EarlyStoppingConfig
     sampling: TrainSamplingConfig
     logger: LoggerConfig
@@ -468,5 +534,7 @@ def register() -> None:
     for group, schemas in _SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver("unless", lambda other, value: value if other is None else None, replace=True)
+    OmegaConf.register_new_resolver("either", lambda first, second: second if first is None else first, replace=True)
     # Tells apart two runs that start in the same second.
     OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)

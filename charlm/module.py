@@ -38,20 +38,35 @@ class CharLM(L.LightningModule):
     Args:
         symbols: the vocabulary, in the order of the ids.
         model: the arguments of `CharRNN` but the vocabulary's size.
-        optimizer: `name`, `learning_rate`, `weight_decay` (of matrices only), `schedule` ("cosine" or "constant"),
-            `warmup_steps`, and what the named torch optimizer takes besides.
+        optimizer: `name`, `learning_rate`, `weight_decay` (of matrices only), `schedule`, `warmup_steps`, `decay` and
+            `decay_after` (see `schedule`), and what the named torch optimizer takes besides.
         total_steps: optimizer steps that the schedule spans.
+        steps_per_epoch: optimizer steps in which training sees the text once; of use to "exponential" alone.
+        regularization: the arguments of `Regularizer`.
     """
 
     def __init__(
-        self, symbols: Sequence[str], model: Mapping[str, Any], optimizer: Mapping[str, Any], total_steps: int
+        self,
+        symbols: Sequence[str],
+        model: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        total_steps: int,
+        steps_per_epoch: int = 1,
+        regularization: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
-            {"symbols": list(symbols), "model": dict(model), "optimizer": dict(optimizer), "total_steps": total_steps}
+            {
+                "symbols": list(symbols),
+                "model": dict(model),
+                "optimizer": dict(optimizer),
+                "total_steps": total_steps,
+                "steps_per_epoch": steps_per_epoch,
+                "regularization": dict(regularization or {}),
+            }
         )
         self.vocabulary = Vocabulary(symbols)
-        self.network = CharRNN(len(self.vocabulary), **model)
+        self.network = CharRNN(len(self.vocabulary), **model, regularization=regularization)
         self.carried: State | None = None  # the training state behind the last batch
         self._recent_losses: list[Tensor] = []  # of the steps since someone last looked, each a scalar on the device
         self._evaluated_state: State | None = None
@@ -65,7 +80,7 @@ class CharLM(L.LightningModule):
         self.carried = _detached(state)
         loss = nats.mean()
         self._recent_losses.append(loss.detach())
-        return loss
+        return self.network.regularizer.penalized(loss)
 
     def take_mean_loss(self) -> Tensor:
         """Return the mean loss of the steps since the last call, a scalar on the device; at least one must lie between.
@@ -96,7 +111,14 @@ class CharLM(L.LightningModule):
         options = dict(self.hparams["optimizer"])
         cls = OPTIMIZERS[options.pop("name")]
         learning_rate, weight_decay = options.pop("learning_rate"), options.pop("weight_decay")
-        factor = schedule(options.pop("schedule"), options.pop("warmup_steps"), self.hparams["total_steps"])
+        factor = schedule(
+            options.pop("schedule"),
+            options.pop("warmup_steps"),
+            self.hparams["total_steps"],
+            self.hparams["steps_per_epoch"],
+            options.pop("decay", 1.0),
+            options.pop("decay_after", 0),
+        )
         parameters = list(self.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -184,11 +206,21 @@ class CharLM(L.LightningModule):
         return cast(CharDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
 
 
-def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+def schedule(
+    name: str,
+    warmup_steps: int,
+    total_steps: int,
+    steps_per_epoch: int = 1,
+    decay: float = 1.0,
+    decay_after: int = 0,
+) -> Callable[[int], float]:
     """Return the learning rate's factor by optimizer step.
 
-    A linear warm-up, then "constant", or "cosine" down to 0 at `total_steps` (Loshchilov and Hutter, "SGDR", 2017,
-    without its restarts).
+    A linear warm-up over `warmup_steps`, then
+
+    - "constant": 1;
+    - "cosine": down to 0 at `total_steps` (Loshchilov and Hutter, "SGDR", 2017, without its restarts);
+    - "exponential": times `decay` behind each epoch from number `decay_after` on, as char-rnn.
     """
 
     def factor(step: int) -> float:
@@ -196,6 +228,8 @@ def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], 
             return (step + 1) / warmup_steps
         if name == "constant":
             return 1.0
+        if name == "exponential":
+            return decay ** max(0, step // steps_per_epoch - decay_after + 1)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

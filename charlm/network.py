@@ -2,22 +2,34 @@
 
     ids (B, T) -> one-hot or embedding (B, T, I) -> recurrent layers (B, T, H) -> dropout -> linear -> logits (B, T, V)
 
+In training, and where they are on, the regularisers of charlm/regularization.py act in between.
+
 Legend: B batch, T window, V vocabulary, I input, H hidden, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from charlm.config import ModelConfig
 from charlm.errors import InputError
+from charlm.regularization import Regularizer
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 # One-hot input multiplies by V columns of which one counts: beyond this, an embedding is the cheaper input.
 LARGEST_ONE_HOT = 256
 DEFAULT_EMBEDDING = 128
+
+# What a hidden size that is chosen by the number of parameters is a multiple of, and from which size on.
+_MULTIPLE = 8
+_MULTIPLES_FROM = 128
 
 State = Tensor | tuple[Tensor, Tensor]  # (L, B, H), the LSTM's twice: hidden and cell
 
@@ -33,6 +45,9 @@ class CharRNN(nn.Module):
         dropout: share of units set to zero between layers and before the output (Zaremba et al., 2014).
         embedding_size: I; 0 is one-hot input, I = V; None is one-hot up to 256 symbols, else an embedding of 128.
         tied: the output shares the embedding's matrix, I = H (Press and Wolf, "Using the output embedding", 2017).
+        uniform_init: all weights begin uniform in plus or minus this, as char-rnn's with 0.08; None: as torch has it,
+            with a wider one-hot input.
+        regularization: the arguments of `Regularizer`; none by default.
 
     Raises:
         InputError: `tied` with an `embedding_size` other than `hidden_size`.
@@ -47,6 +62,8 @@ class CharRNN(nn.Module):
         dropout: float = 0.0,
         embedding_size: int | None = None,
         tied: bool = False,
+        uniform_init: float | None = None,
+        regularization: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if embedding_size is None and tied:
@@ -66,26 +83,39 @@ class CharRNN(nn.Module):
             dropout=dropout if num_layers > 1 else 0.0,
             batch_first=True,
         )
+        self.regularizer = Regularizer(**(regularization or {}))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
         if tied and self.embedding is not None:
             # At the embedding's usual scale of 1 the first logits would be of the size of sqrt(H).
             nn.init.normal_(self.embedding.weight, std=hidden_size**-0.5)
             self.output.weight = self.embedding.weight
-        self._initialize_recurrence(one_hot=not embedding_size)
+        if uniform_init is None:
+            self._widen_one_hot()
+        else:
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -uniform_init, uniform_init)
+        self._open_forget_gates()
 
-    def _initialize_recurrence(self, one_hot: bool) -> None:
-        hidden_size = self.rnn.hidden_size
-        if one_hot:
+    def _widen_one_hot(self) -> None:
+        if self.embedding is None:
             # torch draws from +-1/sqrt(H), meant for sums over many inputs. Of a one-hot input one column counts, so
             # its spread is that of the sum. LSTM 192, batch 64, 250 steps on python_docs: val 1.34 nats with 2, 1.46
             # with 1.
             nn.init.normal_(self.rnn.weight_ih_l0, std=2.0)
+
+    def _open_forget_gates(self) -> None:
+        hidden_size = self.rnn.hidden_size
         if isinstance(self.rnn, nn.LSTM):
             # A forget gate that begins open carries gradients far (Jozefowicz et al., 2015). Gate order: i, f, g, o.
             for layer in range(self.rnn.num_layers):
                 getattr(self.rnn, f"bias_ih_l{layer}").data[hidden_size : 2 * hidden_size] = 1.0
                 getattr(self.rnn, f"bias_hh_l{layer}").data[hidden_size : 2 * hidden_size] = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many parameters the network has."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Score the next character after each one.
@@ -99,5 +129,41 @@ class CharRNN(nn.Module):
         """
         # One-hot vectors are rows of the identity.
         inputs = self.embedding(ids) if self.embedding is not None else F.embedding(ids, self.one_hot)  # (B, T, I)
-        hidden, state = self.rnn(inputs, state)  # (B, T, H)
-        return self.output(self.dropout(hidden)), state  # (B, T, V)
+        inputs = self.regularizer.inputs(ids, inputs, self.output.out_features)
+        hidden, state = self.regularizer.layers(self.rnn, inputs, state)  # (B, T, H)
+        hidden = self.regularizer.outputs(self.dropout(hidden))
+        return self.output(hidden), state  # (B, T, V)
+
+
+def sized(model: ModelConfig, vocabulary_size: int) -> dict[str, Any]:
+    """Return the arguments of `CharRNN` that settings stand for.
+
+    Args:
+        model: the settings. Where they give `parameters`, H is the one whose network comes closest to that number; from
+            128 on a multiple of 8, as the tensor cores of GPUs want it.
+        vocabulary_size: V.
+
+    Raises:
+        InputError: even one hidden unit has more than twice as many parameters.
+    """
+    arguments = asdict(model)
+    wanted = arguments.pop("parameters")
+    if wanted is None:
+        return arguments
+
+    def count(hidden_size: int) -> int:
+        with torch.device("meta"):  # sizes without weights
+            return CharRNN(vocabulary_size, **{**arguments, "hidden_size": hidden_size}).size
+
+    if count(1) > 2 * wanted:
+        raise InputError(f"model.parameters={wanted} is too few: with one hidden unit the network has {count(1):,}")
+    above = 1  # the least H, by doubling and halving, that has more than wanted
+    while count(above) <= wanted:
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if count(middle) <= wanted else (below, middle)
+    step = _MULTIPLE if above > _MULTIPLES_FROM else 1
+    candidates = {max(1, below // step * step), -(-above // step) * step}
+    return {**arguments, "hidden_size": min(candidates, key=lambda size: abs(count(size) - wanted))}

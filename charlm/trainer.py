@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from charlm.config import ModelConfig
 from charlm.corpus import SPLITS
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
@@ -44,7 +43,7 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")
 
 
-def choose_precision(arguments: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+def choose_precision(arguments: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     """Return the Trainer's arguments with a precision of Lightning's in the place of "auto".
 
     On CUDA, fp16 with a dynamic loss scaler ("16-mixed", Micikevicius et al., "Mixed precision training", 2018) from
@@ -54,7 +53,7 @@ def choose_precision(arguments: Mapping[str, Any], model: ModelConfig) -> dict[s
     if arguments.get("precision") != "auto":
         return dict(arguments)
     cuda = torch.cuda.is_available() and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return {**arguments, "precision": "16-mixed" if cuda and model.hidden_size >= 128 else "32-true"}
+    return {**arguments, "precision": "16-mixed" if cuda and hidden_size >= 128 else "32-true"}
 
 
 def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
@@ -66,7 +65,7 @@ def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
         f"text: {config.source}, {sizes} characters, {len(corpus.vocabulary)} symbols"
         + (f"; {unseen:,} characters of val and test are not in the training text" if unseen else "")
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = model.network.size
     captured = not model.automatic_optimization
     rnn = model.network.rnn
     batch = f"{config.batch_size} x {config.window} characters"
@@ -90,7 +89,14 @@ def describe_result(figures: dict[str, float]) -> str:
     return text
 
 
-def step_budget(trainer: L.Trainer, batches_per_epoch: int) -> int:
+def epoch_steps(trainer: L.Trainer, batches: int) -> int:
+    """Return how many optimizer steps an epoch of `batches` batches is."""
+    limit = trainer.limit_train_batches
+    limited = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    return math.ceil(limited / trainer.accumulate_grad_batches)
+
+
+def step_budget(trainer: L.Trainer, steps_per_epoch: int) -> int:
     """Return how many optimizer steps a run takes at most.
 
     Computed here, since Lightning's own `estimated_stepping_batches` loses the place of a run that resumes.
@@ -98,13 +104,11 @@ def step_budget(trainer: L.Trainer, batches_per_epoch: int) -> int:
     Raises:
         InputError: neither `trainer.max_steps` nor `trainer.max_epochs` sets an end.
     """
-    limit = trainer.limit_train_batches
-    batches = int(batches_per_epoch * limit) if isinstance(limit, float) else min(batches_per_epoch, limit)
     budgets = []
     if trainer.max_steps is not None and trainer.max_steps > 0:
         budgets.append(trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        budgets.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-    if not budgets or not batches:
+        budgets.append(trainer.max_epochs * steps_per_epoch)
+    if not budgets or not steps_per_epoch:
         raise InputError("the run would have no steps or no end; set trainer.max_steps or trainer.max_epochs above 0")
     return min(budgets)

@@ -103,6 +103,7 @@ def train(
     model: dict[str, Any] | None = None,
     optimizer: str = "adamw",
     precision: str = "32-true",
+    regularization: dict[str, float] | None = None,
     **data_changes: Any,
 ) -> tuple[Record, L.Trainer, CharLM]:
     """Train a small model and return what was recorded of it."""
@@ -124,7 +125,11 @@ def train(
     )
     sizes = {"cell": "lstm", "hidden_size": 16, "num_layers": 1, "dropout": 0.0} | (model or {})
     made = build(
-        data.corpus.vocabulary.symbols, sizes, {**OPTIMIZER, "name": optimizer} | SETTINGS[optimizer], total_steps
+        data.corpus.vocabulary.symbols,
+        sizes,
+        {**OPTIMIZER, "name": optimizer} | SETTINGS[optimizer],
+        total_steps,
+        regularization=regularization,
     )
     if isinstance(made, CapturedCharLM):
         made.take_over(trainer, data)
@@ -163,6 +168,18 @@ def test_each_optimizer_takes_the_same_steps_captured(tmp_path: Path, optimizer:
     eager, _, _ = train(tmp_path / "a", CharLM, device, optimizer=optimizer)
     captured, _, _ = train(tmp_path / "b", CapturedCharLM, device, optimizer=optimizer)
     assert captured.losses == pytest.approx(eager.losses, abs=1e-3)
+
+
+@everywhere
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_captured_run_is_regularized_as_the_eager_run(tmp_path: Path, cell: str, device: str) -> None:
+    # So few weights are dropped that none is: what is left is not random, and the layers run one by one.
+    regularization = {"weight_dropout": 1e-12, "activation": 2.0, "temporal_activation": 1.0}
+    given = {"model": {"cell": cell, "num_layers": 2}, "regularization": regularization, "order": "streams"}
+    eager, _, first = train(tmp_path / "a", CharLM, device, **given)
+    captured, _, second = train(tmp_path / "b", CapturedCharLM, device, **given)
+    assert captured.losses == pytest.approx(eager.losses, abs=1e-3)
+    assert close(first, second, 2e-3)
 
 
 @everywhere
@@ -241,12 +258,16 @@ def test_two_hundred_captured_steps_stay_with_the_eager_ones(tmp_path: Path) -> 
 
 
 @cuda
-def test_each_replay_draws_another_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["dropout", *(f"{part}_dropout" for part in ("input", "output", "embedding", "weight"))]
+)
+def test_each_replay_draws_another_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # One window in the whole text, and a rate too small to change a weight: what differs is what was dropped.
-    model = {"dropout": 0.5}
+    model = {"dropout": 0.5 if name == "dropout" else 0.0}
+    regularization = {} if name == "dropout" else {name: 0.5}
     monkeypatch.setitem(OPTIMIZER, "learning_rate", 1e-30)
     size = {"window": 1000, "stride": 10**9, "batch_size": 1}
-    record, _, _ = train(tmp_path, CapturedCharLM, "gpu", 8, model=model, **size)
+    record, _, _ = train(tmp_path, CapturedCharLM, "gpu", 8, model=model, regularization=regularization, **size)
     assert len(set(record.losses)) == 8
 
 

@@ -64,6 +64,14 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
         ("model.dropout=1.5", "dropout=1.5 must be at least 0 and less than 1"),
         ("model.cell=lst", "did you mean lstm"),
         ("model.embedding_size=-1", "embedding_size=-1"),
+        ("model.uniform_init=0", "uniform_init=0"),
+        ("model.parameters=many", "parameters=many must be a number"),
+        ("model.parameters=-1M", "parameters=-1M must be a number"),
+        ("model.hidden_size=null", "needs model.parameters"),
+        ("regularization.hidden_dropout=1", "hidden_dropout=1"),
+        ("regularization.activation=-1", "activation=-1"),
+        ("weight_average.decay=1", "weight_average.decay=1"),
+        ("optimizer.decay=0", "optimizer.decay=0"),
         ("data.window=0", "window=0"),
         ("data.fractions=[0.5,0.5]", "sum to 1"),
         ("data.fractions=[0.5,0.2,0.2]", "sum to 1"),
@@ -86,6 +94,14 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
 def test_a_value_out_of_its_bounds_is_refused_by_name(override: str, says: str, composed: Composed) -> None:
     with pytest.raises(InputError, match=says.replace("[", r"\[")):
         composed(override)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("500k", 500_000), ("1.2M", 1_200_000), ("1e6", 1_000_000), ("65", 65)])
+def test_a_number_of_parameters_stands_in_for_the_hidden_size(written: str, meant: int, composed: Composed) -> None:
+    model = composed(f"model.parameters={written}").model
+    assert (model.parameters, model.hidden_size) == (meant, None)
+    with pytest.raises(InputError, match="not both"):
+        composed(f"model.parameters={written}", "model.hidden_size=64")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from charlm.errors import InputError
 from charlm.generate import Sampler
 from charlm.metrics import bits, bootstrap_standard_error
 from charlm.module import CharLM, schedule
+from charlm.network import sized
 from charlm.vocabulary import UNKNOWN
 from charlm.windows import Batch, LaneBatches, ShuffledBatches, Windows, evaluation_lanes
 
@@ -26,7 +27,8 @@ Composed = Callable[..., TrainConfig]
 
 def model_of(config: TrainConfig, symbols: str, total_steps: int = 100) -> CharLM:
     torch.manual_seed(0)
-    return CharLM([UNKNOWN, *symbols], asdict(config.model), asdict(config.optimizer), total_steps)
+    sizes = sized(config.model, len(symbols) + 1)
+    return CharLM([UNKNOWN, *symbols], sizes, asdict(config.optimizer), total_steps)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
@@ -98,6 +100,11 @@ def test_the_rate_warms_up_and_falls_to_nothing_at_the_last_step() -> None:
     assert factor(110) == pytest.approx(0.0)
     assert 0 < factor(109) < 0.001
     assert [schedule("constant", 2, 110)(step) for step in (0, 1, 2, 500)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_exponential_rate_falls_behind_each_epoch_from_a_number_on() -> None:
+    factor = schedule("exponential", 2, 1000, steps_per_epoch=10, decay=0.5, decay_after=3)
+    assert [factor(step) for step in (0, 2, 29, 30, 39, 40, 59)] == [0.5, 1.0, 1.0, 0.5, 0.5, 0.25, 0.125]
 
 
 def test_one_bit_is_the_natural_logarithm_of_2() -> None:

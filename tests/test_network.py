@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
+from charlm.config import TrainConfig
 from charlm.errors import InputError
-from charlm.network import DEFAULT_EMBEDDING, LARGEST_ONE_HOT, CharRNN
+from charlm.network import DEFAULT_EMBEDDING, LARGEST_ONE_HOT, CharRNN, sized
 
 CELLS = ("lstm", "gru", "rnn")
 
@@ -81,3 +84,37 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(network(ids)[0], network(ids)[0])
     network.eval()
     assert torch.equal(network(ids)[0], network(ids)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("parameters", [20_000, 1_300_000])
+def test_the_hidden_size_comes_closest_to_the_number_of_parameters(
+    cell: str, num_layers: int, parameters: int, composed: Callable[..., TrainConfig]
+) -> None:
+    model = composed(f"model={cell}", f"model.num_layers={num_layers}", f"model.parameters={parameters}").model
+
+    def distance(hidden_size: int) -> int:
+        network = CharRNN(65, cell, hidden_size, num_layers)
+        return abs(sum(parameter.numel() for parameter in network.parameters()) - parameters)
+
+    arguments = sized(model, 65)
+    assert "parameters" not in arguments
+    chosen = arguments["hidden_size"]
+    step = 8 if chosen >= 128 else 1
+    assert chosen % step == 0
+    assert distance(chosen) == min(distance(chosen - step), distance(chosen), distance(chosen + step))
+
+
+def test_too_few_parameters_are_refused(composed: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(InputError, match=r"model.parameters=100 is too few: .* has 402"):
+        sized(composed("model.parameters=100").model, 65)
+
+
+def test_all_weights_begin_uniform_where_a_range_is_given() -> None:
+    network = CharRNN(10, "lstm", 32, num_layers=2, uniform_init=0.08)
+    for name, parameter in network.named_parameters():
+        assert float(parameter.detach().abs().max()) <= (1.0 if "bias" in name else 0.08)
+        if parameter.ndim == 2:
+            assert float(parameter.detach().std()) == pytest.approx(0.08 / 3**0.5, rel=0.1)
+    assert network.rnn.bias_ih_l0[32:64].tolist() == [1.0] * 32

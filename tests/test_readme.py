@@ -61,6 +61,8 @@ def shortened(line: str) -> str:
             line += " --cfg job"
         else:
             settings = {name: value for name, value in SHORT.items() if name not in given}
+            if "model.parameters" in given:  # in the place of the hidden size
+                del settings["model.hidden_size"]
             if "logger." in line:  # W&B is the point
                 settings.pop("logger", None)
             line = " ".join([line, *(f"{name}={value}" for name, value in settings.items())])

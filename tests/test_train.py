@@ -165,11 +165,20 @@ class _Fail(L.Callback):
             raise RuntimeError("the power went out")
 
 
+REGULARIZED = ("weight_average.decay=0.9", "regularization.hidden_dropout=0.3", "regularization.weight_dropout=0.3")
+
+
 @pytest.mark.parametrize("order", ["shuffled", "streams"])
+@pytest.mark.parametrize("more", [(), REGULARIZED], ids=["plain", "regularized"])
 def test_a_run_that_failed_goes_on_as_if_it_had_not(
-    order: str, composed: Composed, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    order: str,
+    more: tuple[str, ...],
+    composed: Composed,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = composed(*tiny, f"data.order={order}", "model.dropout=0.3", "model.num_layers=2")
+    config = composed(*tiny, f"data.order={order}", "model.dropout=0.3", "model.num_layers=2", *more)
     train(config, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
         fit = L.Trainer.fit
@@ -184,10 +193,12 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(
     assert result(tmp_path / "disturbed")["status"] == "failed"
     assert "the power went out" in result(tmp_path / "disturbed")["error"]
     train(config, tmp_path / "disturbed")
-    weights = [
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("undisturbed", "disturbed")
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("undisturbed", "disturbed")
     ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for kind in ("state_dict", "training_weights"):
+        assert all(torch.equal(value, ends[1][kind][key]) for key, value in ends[0].get(kind, {}).items())
     steps = [[row["step"] for row in rows(tmp_path / name)] for name in ("undisturbed", "disturbed")]
     assert steps[0] == steps[1]
 
@@ -217,6 +228,59 @@ def test_training_stops_early_when_the_loss_no_longer_falls(
     still = ("early_stopping.patience=1", "optimizer.learning_rate=1e-30", "trainer.max_steps=100")
     train(composed(*tiny, *still), tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
+
+
+def test_what_is_validated_and_kept_is_the_average_of_the_weights(
+    composed: Composed, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(pl_module: L.LightningModule) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+    class Watch(L.Callback):
+        def __init__(self) -> None:
+            self.trained: list[dict[str, torch.Tensor]] = []
+            self.validated: dict[str, torch.Tensor] = {}
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.trained.append(weights(pl_module))
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            self.trained.append(weights(pl_module))
+
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.validated = weights(pl_module)
+
+    watch, fit = Watch(), L.Trainer.fit
+
+    def fit_and_watch(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+        fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(L.Trainer, "fit", fit_and_watch)
+    train(composed(*tiny, "weight_average.decay=0.8"), tmp_path / "run")
+    average = watch.trained[0]
+    for step, trained in enumerate(watch.trained[1:], 1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        average = {name: decay * value + (1 - decay) * trained[name] for name, value in average.items()}
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in average.items():
+        torch.testing.assert_close(kept["state_dict"][name], value)
+        assert torch.equal(kept["state_dict"][name], watch.validated[name])
+        assert torch.equal(kept["training_weights"][name], watch.trained[-1][name])
+        assert not torch.equal(kept["state_dict"][name], kept["training_weights"][name])
+
+
+def test_a_run_of_a_number_of_parameters_says_what_size_that_is(
+    composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = [override for override in tiny if "hidden_size" not in override]
+    with caplog.at_level(logging.INFO, "charlm"):
+        train(composed(*kept, "model.parameters=3k"), tmp_path / "run")
+    found = result(tmp_path / "run")
+    assert abs(found["parameters"] - 3000) < 100
+    assert f"1 x {found['hidden_size']}, {found['parameters']:,} parameters" in caplog.text
+    model = open_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert model.network.rnn.hidden_size == found["hidden_size"]
 
 
 def test_wandb_shows_the_runs_numbers_offline(composed: Composed, tiny: list[str], tmp_path: Path) -> None:
