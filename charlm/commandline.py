@@ -101,7 +101,7 @@ def _first_line(text: str) -> str:
 def _nearest(error: OmegaConfBaseException) -> str:
     """Name the setting that was probably meant."""
     if error.full_key == "data.path":
-        return " with data=python_docs; choose data=text, csv, jsonl or ag_news with it"
+        return " with data=python_docs; choose another source with it: data=text, csv, jsonl, ..."
     parent = error.parent_node
     names = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
     near = difflib.get_close_matches(str(error.key), names, n=1)

@@ -63,6 +63,7 @@ class DataConfig:
     split_seed: int = MISSING
     fractions: list[float] = MISSING
     separator: str | None = MISSING
+    vocabulary: str = MISSING
     window: int = MISSING
     stride: int = MISSING
     order: str = MISSING
@@ -71,6 +72,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.split", self.split, ("contiguous", "documents", "source", "stream_tail"))
+        _one_of("data.vocabulary", self.vocabulary, ("code_points", "torchtext"))
         _one_of("data.order", self.order, ("shuffled", "streams"))
         _check(
             len(self.fractions) == 3
@@ -140,6 +142,27 @@ class AgNewsConfig(DataConfig):
     """AG News, downloaded or from a folder: see charlm/ag_news.py."""
 
     path: str | None = MISSING
+
+
+@dataclass
+class TorchtextConfig(DataConfig):
+    """A text dataset of torchtext's: see charlm/torchtext_bridge.py."""
+
+    dataset: str = MISSING
+    path: str | None = MISSING
+    fields: list[int] | None = MISSING
+    options: Any = MISSING  # further arguments of the dataset's function, by name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            self.fields is None or (bool(self.fields) and min(self.fields) >= 0),
+            f"data.fields={self.fields} must list parts of an item by number, from 0; null takes those that are text",
+        )
+        _check(
+            self.options is None or isinstance(self.options, dict),
+            f"data.options={self.options} must be names and values, as in data.options={{language_code: de}}",
+        )
 
 
 # --- model and optimizer ------------------------------------------------------------------------------------------
@@ -520,6 +543,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "csv": CsvConfig,
         "jsonl": JsonlConfig,
         "ag_news": AgNewsConfig,
+        "torchtext": TorchtextConfig,
     },
     "optimizer": {"adam": AdamConfig, "rmsprop": RMSpropConfig, "sgd": SGDConfig},
     "logger": {"wandb": WandbConfig},

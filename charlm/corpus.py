@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from charlm import torchtext_bridge
 from charlm.cache import cache_folder, cached_block
 from charlm.config import DataConfig
-from charlm.encoding import Draft, count, encode, relabel, reorder
+from charlm.encoding import Draft, by_first_appearance, count, encode, relabel, reorder
 from charlm.errors import InputError
 from charlm.sources import Source, find_source
 from charlm.vocabulary import END, END_CODE, Ids, Vocabulary
@@ -65,6 +66,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises:
         InputError: the source is missing, holds no text, or is not text in the encoding named.
     """
+    if config.vocabulary == "torchtext":
+        torchtext_bridge.load("vocab", "data.vocabulary=torchtext")  # refused now, not behind a large text
     source = find_source(config)
     build = partial(_build, source)
     if source.likely_characters < CACHED_FROM:
@@ -92,15 +95,14 @@ def _key(source: Source) -> str:
 def _build(source: Source, file: Path | None) -> tuple[Ids, dict[str, Any]]:
     """Read, split and encode; return the block and, in plain values, all else that a corpus is."""
     config = source.config
-    size = source.size
     shown = sys.stderr.isatty() and source.likely_characters >= CACHED_FROM
-    with tqdm(total=size, unit="B", unit_scale=True, desc="encoding", disable=not shown) as progress:
+    with tqdm(total=source.size, unit="B", unit_scale=True, desc="encoding", disable=not shown) as progress:
         draft = encode(source.pieces(), config.separator, file, progress)
     if not len(draft.block):
         raise InputError(f"data={config.source} holds no text{f' in {config.path}' if hasattr(config, 'path') else ''}")
     segments = _split(draft, config)
     counts = {split: count(draft.block, _merged(segments[split]), len(draft.alphabet)) for split in SPLITS}
-    vocabulary = Vocabulary.of([draft.alphabet[counts["train"] > 0]])
+    vocabulary = _vocabulary(draft, segments["train"], counts["train"], config)
     ids = vocabulary.encode_codes(draft.alphabet)
     relabel(draft.block, ids)
     if file:
@@ -115,6 +117,15 @@ def _build(source: Source, file: Path | None) -> tuple[Ids, dict[str, Any]]:
         "bytes_per_character": {split: int(counts[split] @ width) / characters[split] for split in SPLITS},
         "unknown": {split: int(counts[split][ids == vocabulary.unknown_id].sum()) for split in SPLITS},
     }
+
+
+def _vocabulary(draft: Draft, train: list[Segment], counts: npt.NDArray[np.int64], config: DataConfig) -> Vocabulary:
+    """Return the vocabulary of the training split, whose ids have these `counts`."""
+    if config.vocabulary == "code_points":
+        return Vocabulary.of([draft.alphabet[counts > 0]])
+    order = by_first_appearance(draft.block, _merged(train), counts > 0)
+    characters = [END if code == END_CODE else chr(code) for code in draft.alphabet[order]]
+    return Vocabulary(torchtext_bridge.symbols_of(dict(zip(characters, counts[order].tolist(), strict=True))))
 
 
 # --- splits -------------------------------------------------------------------------------------------------------
@@ -154,21 +165,24 @@ def _split(draft: Draft, config: DataConfig) -> dict[str, list[Segment]]:
 
 
 def _lay_by_split(draft: Draft, config: DataConfig) -> None:
-    """Lay documents in the order of the source's own splits; where it has no val, documents of train are drawn for it.
+    """Lay documents in the order of the source's own splits; a val or test that it lacks is drawn from its train.
 
     Raises:
         InputError: a source without splits, or one whose training split is missing.
     """
     splits = np.array([SPLITS.index(split) if split in SPLITS else -1 for split in draft.splits])
-    if (splits < 0).any():
+    if (splits < 0).any() or not (splits == 0).any():
+        lacks = "splits" if (splits < 0).any() else "training split"
         raise InputError(
-            f"data.split=source: data={config.source} has no splits of its own; choose contiguous, documents or "
+            f"data.split=source: data={config.source} has no {lacks} of its own; choose contiguous, documents or "
             "stream_tail"
         )
-    if not (splits == 1).any():
-        train = np.random.default_rng(config.split_seed).permutation(np.flatnonzero(splits == 0))
-        share = config.fractions[1] / (config.fractions[0] + config.fractions[1])
-        splits[train[: round(len(train) * share)]] = 1
+    lacking = [split for split in (1, 2) if not (splits == split).any()]
+    train = np.random.default_rng(config.split_seed).permutation(np.flatnonzero(splits == 0))
+    whole = config.fractions[0] + sum(config.fractions[split] for split in lacking)
+    sizes = [round(len(train) * config.fractions[split] / whole) for split in lacking]
+    for split, drawn in zip(lacking, np.split(train, np.cumsum(sizes, dtype=int)), strict=False):  # the rest is train
+        splits[drawn] = split
     draft.splits = [SPLITS[split] for split in splits]
     reorder(draft, np.argsort(splits, kind="stable"))
 

@@ -162,6 +162,23 @@ def count(block: Ids, ranges: Iterable[tuple[int, int]], symbols: int) -> npt.ND
     return counts
 
 
+def by_first_appearance(
+    block: Ids, ranges: Iterable[tuple[int, int]], wanted: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return the ids that `wanted`, shape (symbols,), marks, in the order in which some ranges of a block show them."""
+    missing = wanted.copy()
+    order: list[int] = []
+    for start, stop in ranges:
+        for chunk in _chunks(block, start, stop):
+            if not missing.any():
+                break
+            places = np.flatnonzero(missing[chunk])
+            ids, first = np.unique(chunk[places], return_index=True)
+            order += ids[first.argsort()].tolist()
+            missing[ids] = False
+    return np.array(order, dtype=np.int64)
+
+
 def relabel(block: Ids, ids: npt.NDArray[Any]) -> None:
     """Change each id of a block to what `ids` has at its place, in the block itself."""
     table = ids.astype(block.dtype)

@@ -1,4 +1,8 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and words for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -7,3 +11,19 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with code 2; every other exception is a bug of ours
     and keeps its traceback.
     """
+
+
+def reason(error: BaseException, longest: int = 300) -> str:
+    """Return what another library's exception says, in one line of at most `longest` characters."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__, longest)
+
+
+def listed(names: Sequence[object], most: int = 10) -> str:
+    """Return names as a text: the first ones, each shortened, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shortened(str(name), 40) for name in names[:most]) + more
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text, its end left out where it is longer than `longest` characters."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

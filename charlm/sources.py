@@ -1,6 +1,7 @@
-"""Where text comes from: files, tables, Python's own reference, AG News; each a stream of documents.
+"""Where text comes from: files, tables, Python's own reference; each a stream of documents.
 
-A document may be larger than memory, so that it comes in pieces:
+AG News, Hugging Face's datasets and torchtext's have modules of their own. A document may be larger than memory, so
+that it comes in pieces:
 
     Piece("To be, or ", ends=False)  Piece("not to be", ends=True)      one document, a file of two chunks
     Piece("That is", ends=True, split="test")                           another, of which the source says its split
@@ -17,13 +18,22 @@ import hashlib
 import json
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from charlm.config import AgNewsConfig, CsvConfig, DataConfig, JsonlConfig, PythonDocsConfig, TextConfig
+from charlm.config import (
+    AgNewsConfig,
+    CsvConfig,
+    DataConfig,
+    JsonlConfig,
+    PythonDocsConfig,
+    TextConfig,
+    TorchtextConfig,
+)
 from charlm.errors import InputError
 
 _CHUNK = 2**17  # bytes read at a time: more leaves the cache of the processor, less costs calls
@@ -40,25 +50,98 @@ class Piece(NamedTuple):
     size: int = 0  # bytes read for it
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files of a source, found and of a known size, not yet read."""
+class Source(ABC):
+    """A source that was found, and is not read yet."""
 
     config: DataConfig
+
+    @property
+    @abstractmethod
+    def size(self) -> int | None:
+        """Bytes to read, where they are known: what the sizes of all pieces sum to."""
+
+    @property
+    @abstractmethod
+    def likely_characters(self) -> int:
+        """About how long the text is at most."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a hash that is another one for any other text."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """Read the documents.
+
+        Raises:
+            InputError: one cannot be read, is not in its encoding or not in its form.
+        """
+
+
+def find_source(config: DataConfig) -> Source:
+    """Return the source that `config` names.
+
+    Raises:
+        InputError: there is no such source, or a library that it needs is not installed.
+    """
+    match config:
+        case PythonDocsConfig():
+            return PythonDocs(config)
+        case AgNewsConfig():
+            from charlm.ag_news import find_files
+
+            return Files(config, list(find_files(config.path, config.cache_dir)))
+        case TextConfig():
+            return Files(config, [(path, None) for path in _files(config.path)])
+        case TorchtextConfig():
+            from charlm.torchtext_bridge import Torchtext
+
+            return Torchtext(config)
+        case _:
+            raise InputError(f"data={config.source} has no reader")
+
+
+@dataclass(frozen=True)
+class PythonDocs(Source):
+    """The sections of Python's language reference that `help()` shows; every CPython ships them."""
+
+    config: PythonDocsConfig
+    size = None
+    likely_characters = 2**19
+
+    def digest(self) -> str:
+        return hashlib.sha256("".join(self._sections()).encode()).hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        yield from map(Piece, self._sections())
+
+    def _sections(self) -> list[str]:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise InputError(
+                f"this Python ({sys.executable}) comes without pydoc_data, the text of data=python_docs; use a full "
+                "CPython, or your own text with data=text data.path=FILE"
+            ) from None
+        return [topics[name] for name in sorted(topics)]
+
+
+@dataclass(frozen=True)
+class Files(Source):
+    """Files of one kind: text, tables or JSON lines."""
+
+    config: TextConfig | AgNewsConfig
     files: list[tuple[Path, str | None]]  # each with the split that it belongs to
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
         return sum(path.stat().st_size for path, _ in self.files)
 
     @property
     def likely_characters(self) -> int:
-        """About how long the text is at most, before anything is read."""
         return sum(path.stat().st_size * (_EXPANSION if _is_compressed(path) else 1) for path, _ in self.files)
 
     def digest(self) -> str:
-        """Return a hash of what the files hold (SHA-256)."""
         whole = hashlib.sha256()
         for path, split in self.files:
             with _opened(path) as file:
@@ -67,64 +150,29 @@ class Source:
         return whole.hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
-        """Read the documents.
-
-        Raises:
-            InputError: a file cannot be read, is not in its encoding or not in its form.
-        """
-        match self.config:
-            case PythonDocsConfig():
-                yield from (Piece(text) for text in _python_docs())
-            case AgNewsConfig():
-                for path, split in self.files:
+        for path, split in self.files:
+            match self.config:
+                case AgNewsConfig():
                     yield from _csv_rows(path, "utf-8", ",", [1, 2], False, split)
-            case CsvConfig() as config:
-                for path, split in self.files:
+                case CsvConfig() as config:
                     yield from _csv_rows(path, config.encoding, config.delimiter, config.columns, config.header, split)
-            case JsonlConfig() as config:
-                for path, split in self.files:
+                case JsonlConfig() as config:
                     yield from _json_rows(path, config.encoding, config.field, split)
-            case TextConfig() as config:
-                for path, split in self.files:
+                case TextConfig() as config:
                     for text, size in _decoded(path, config.encoding):
                         yield Piece(text, False, split, size)
                     yield Piece("", True, split)
-            case _:
-                raise InputError(f"data={self.config.source} has no reader")
 
 
-def find_source(config: DataConfig) -> Source:
-    """Return the source that `config` names.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    match config:
-        case AgNewsConfig():
-            from charlm.ag_news import find_files
-
-            files: list[tuple[Path, str | None]] = list(find_files(config.path, config.cache_dir))
-        case TextConfig():
-            files = [(path, None) for path in _files(config.path)]
-        case _:
-            files = []
-    return Source(config, files)
+def split_named(name: str) -> str | None:
+    """Return the split that a source means by a name of its own, such as `validation` or `dev_matched`."""
+    for split, beginnings in (("train", ("train",)), ("val", ("val", "dev")), ("test", ("test",))):
+        if name.startswith(beginnings):
+            return split
+    return None
 
 
 # --- readers ------------------------------------------------------------------------------------------------------
-
-
-def _python_docs() -> Iterator[str]:
-    """Yield the sections of Python's language reference that `help()` shows; every CPython ships them."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise InputError(
-            f"this Python ({sys.executable}) comes without pydoc_data, the text of data=python_docs; use a full "
-            "CPython, or your own text with data=text data.path=FILE"
-        ) from None
-    for name in sorted(topics):
-        yield topics[name]
 
 
 def _csv_rows(
