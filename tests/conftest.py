@@ -7,13 +7,16 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from charlm.config import SampleConfig, TrainConfig, register
+from charlm.config import DataConfig, SampleConfig, TrainConfig, register
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "sea", "and", "a", "hill", "under", "some", "old", "tree", "where", "nobody", "waits", "for", "rain"]
@@ -55,6 +58,19 @@ def composed() -> Iterator[Callable[..., TrainConfig]]:
             return TrainConfig.of(compose("train", overrides=list(overrides)))
 
         yield config
+
+
+@pytest.fixture(scope="session")
+def data_config(composed: Callable[..., TrainConfig]) -> Callable[..., DataConfig]:
+    """Return a function from a source and its settings to its checked configuration, with small windows."""
+    small = {"window": 10, "batch_size": 4, "eval_lanes": 2}
+    defaults = cache(lambda source, *given: composed(f"data={source}", *given).data)
+
+    def config(source: str, **settings: Any) -> DataConfig:
+        needed = ("data.path=given.below",) if source in ("text", "csv", "jsonl") else ()
+        return replace(defaults(source, *needed), **small | settings)
+
+    return config
 
 
 @pytest.fixture(scope="session")

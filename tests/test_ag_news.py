@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from charlm import ag_news
-from charlm.config import AgNewsConfig
+from charlm.config import DataConfig
 from charlm.corpus import load_corpus
 from charlm.errors import InputError
 
@@ -34,22 +34,15 @@ def _our_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()  # here, where the warning is expected
 
 
-def config(path: Path | None, cache: Path, **changes: object) -> AgNewsConfig:
-    settings: dict[str, object] = {
-        "source": "ag_news",
-        "path": str(path) if path else None,
-        "cache_dir": str(cache),
-        "split": "source",
-        "split_seed": 0,
-        "fractions": [0.8, 0.1, 0.1],
-        "separator": None,
-        "window": 10,
-        "stride": 1,
-        "order": "shuffled",
-        "batch_size": 4,
-        "eval_lanes": 2,
-    }
-    return AgNewsConfig(**settings | changes)  # type: ignore[arg-type]
+Config = Callable[..., DataConfig]
+
+
+@pytest.fixture(scope="session")
+def config(data_config: Config) -> Config:
+    """Return a function from a folder (None: to download) and a cache to a configuration that keeps articles apart."""
+    return lambda path, cache, **settings: data_config(
+        "ag_news", path=path and str(path), cache_dir=str(cache), separator=None, **settings
+    )
 
 
 @pytest.fixture
@@ -94,7 +87,7 @@ def lay(folder: Path, prefix: str = "", **contents: bytes) -> Path:
 
 @pytest.mark.parametrize("prefix", ["", "ag_news_"])
 def test_files_in_a_folder_are_read_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
     monkeypatch.setattr(ag_news, "URL", "http://127.0.0.1:1/")
     corpus = load_corpus(config(lay(tmp_path / "files", prefix), tmp_path / "cache"))
@@ -108,25 +101,27 @@ def test_files_in_a_folder_are_read_without_a_network(
     assert not (tmp_path / "cache").exists()
 
 
-def test_val_is_drawn_by_the_split_seed(tmp_path: Path) -> None:
+def test_val_is_drawn_by_the_split_seed(tmp_path: Path, config: Config) -> None:
     folder = lay(tmp_path / "files")
     one, again, other = (load_corpus(config(folder, tmp_path, split_seed=seed)) for seed in (0, 0, 1))
     assert one.block.tobytes() == again.block.tobytes() != other.block.tobytes()
 
 
-def test_another_file_under_the_name_is_refused(tmp_path: Path) -> None:
+def test_another_file_under_the_name_is_refused(tmp_path: Path, config: Config) -> None:
     folder = lay(tmp_path / "files", test=FILES["test"][:-1])
     with pytest.raises(InputError, match=r"is not AG News' test file: its MD5 sum is .*data=csv"):
         load_corpus(config(folder, tmp_path / "cache"))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, config: Config) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no train.csv of AG News; leave data.path out"):
         load_corpus(config(tmp_path / "empty", tmp_path / "cache"))
 
 
-def test_a_download_is_verified_kept_and_not_repeated(tmp_path: Path, serve: Callable[..., None]) -> None:
+def test_a_download_is_verified_kept_and_not_repeated(
+    tmp_path: Path, config: Config, serve: Callable[..., None]
+) -> None:
     serve({f"{split}.csv": content for split, content in FILES.items()})
     first = load_corpus(config(None, tmp_path))
     assert sorted(left_behind(tmp_path)) == ["ag_news/test.csv", "ag_news/train.csv"]
@@ -144,7 +139,7 @@ def test_a_download_is_verified_kept_and_not_repeated(tmp_path: Path, serve: Cal
     ],
 )
 def test_a_bad_download_is_one_line_and_leaves_nothing(
-    tmp_path: Path, serve: Callable[..., None], served: dict[str, bytes], short: int, message: str
+    tmp_path: Path, config: Config, serve: Callable[..., None], served: dict[str, bytes], short: int, message: str
 ) -> None:
     serve(served, short)
     with pytest.raises(InputError, match=message) as refusal:
@@ -154,7 +149,7 @@ def test_a_bad_download_is_one_line_and_leaves_nothing(
     assert left_behind(tmp_path) == []
 
 
-def test_no_server_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_is_one_line(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ag_news, "URL", "http://127.0.0.1:1/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(InputError, match="cannot download"):

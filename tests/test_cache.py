@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,17 @@ import pytest
 from charlm import corpus as corpus_module
 from charlm import encoding
 from charlm.cache import cached_block
-from charlm.config import TextConfig
+from charlm.config import DataConfig
 from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
 
+Config = Callable[..., DataConfig]
 
-def config(path: Path, cache: Path, **changes: Any) -> TextConfig:
-    settings: dict[str, Any] = {
-        "source": "text",
-        "path": str(path),
-        "encoding": "utf-8",
-        "cache_dir": str(cache),
-        "split": "contiguous",
-        "split_seed": 0,
-        "fractions": [0.8, 0.1, 0.1],
-        "separator": "\n",
-        "window": 10,
-        "stride": 1,
-        "order": "shuffled",
-        "batch_size": 4,
-        "eval_lanes": 2,
-    }
-    return TextConfig(**settings | changes)
+
+@pytest.fixture(scope="session")
+def config(data_config: Config) -> Config:
+    """Return a function from a path of text and a cache to a configuration."""
+    return lambda path, cache, **settings: data_config("text", path=str(path), cache_dir=str(cache), **settings)
 
 
 @pytest.fixture
@@ -70,7 +60,7 @@ def same(one: Corpus, other: Corpus) -> bool:
 @pytest.mark.parametrize("split", ["contiguous", "documents", "stream_tail"])
 @pytest.mark.parametrize("separator", ["--", "<eos>", None])
 def test_a_block_on_disk_is_the_one_in_memory(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, split: str, separator: str | None
+    tmp_path: Path, config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, split: str, separator: str | None
 ) -> None:
     settings = config(folder, tmp_path / "cache", split=split, separator=separator)
     in_memory = load_corpus(settings)
@@ -96,7 +86,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
 
 @pytest.mark.usefixtures("large")
 def test_text_and_settings_alone_decide_which_block(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = builds(monkeypatch)
     cache = tmp_path / "cache"
@@ -117,7 +107,7 @@ def test_text_and_settings_alone_decide_which_block(
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("harm", ["cut", "no facts", "half facts", "no block", "left over"])
-def test_a_torn_block_is_noticed_and_built_again(tmp_path: Path, folder: Path, harm: str) -> None:
+def test_a_torn_block_is_noticed_and_built_again(tmp_path: Path, config: Config, folder: Path, harm: str) -> None:
     settings = config(folder, tmp_path / "cache")
     whole = load_corpus(settings)
     expected = np.array(whole.block)
@@ -179,7 +169,7 @@ def test_a_build_that_fails_leaves_no_block_and_is_tried_again(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("large")
-def test_bad_text_leaves_no_block(tmp_path: Path) -> None:
+def test_bad_text_leaves_no_block(tmp_path: Path, config: Config) -> None:
     (tmp_path / "bad.txt").write_bytes(b"well " * 1000 + b"\xff")
     with pytest.raises(InputError, match="offset 5000"):
         load_corpus(config(tmp_path / "bad.txt", tmp_path / "cache"))
@@ -187,7 +177,7 @@ def test_bad_text_leaves_no_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_training_on_a_mapped_block_never_writes_to_it(tmp_path: Path, folder: Path) -> None:
+def test_training_on_a_mapped_block_never_writes_to_it(tmp_path: Path, config: Config, folder: Path) -> None:
     settings = config(folder, tmp_path / "cache")
     found = load_corpus(settings)
     before = np.array(found.block)
@@ -195,13 +185,13 @@ def test_training_on_a_mapped_block_never_writes_to_it(tmp_path: Path, folder: P
     assert np.array_equal(load_corpus(settings).block, before)
 
 
-def test_a_small_text_leaves_nothing_in_the_cache(tmp_path: Path, folder: Path) -> None:
+def test_a_small_text_leaves_nothing_in_the_cache(tmp_path: Path, config: Config, folder: Path) -> None:
     load_corpus(config(folder, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.usefixtures("large")
-def test_facts_are_plain_json(tmp_path: Path, folder: Path) -> None:
+def test_facts_are_plain_json(tmp_path: Path, config: Config, folder: Path) -> None:
     load_corpus(config(folder, tmp_path / "cache"))
     [facts] = (tmp_path / "cache" / "blocks").glob("*/corpus.json")
     assert json.loads(facts.read_text())["symbols"][0] == "<unk>"

@@ -6,8 +6,8 @@ import bz2
 import csv
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,38 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charlm import sources
-from charlm.config import CsvConfig, JsonlConfig, TextConfig
+from charlm.config import DataConfig
 from charlm.corpus import SPLITS, Corpus, load_corpus
 from charlm.errors import InputError
 from charlm.vocabulary import Vocabulary, code_points
 
-COMMON: dict[str, Any] = {
-    "cache_dir": None,
-    "split": "contiguous",
-    "split_seed": 0,
-    "fractions": [0.8, 0.1, 0.1],
-    "separator": "\n",
-    "window": 10,
-    "stride": 1,
-    "order": "shuffled",
-    "batch_size": 4,
-    "eval_lanes": 2,
-    "encoding": "utf-8",
-}
+Load = Callable[..., Corpus]
 
 
-def text(path: Any, **changes: Any) -> Corpus:
-    paths = [str(p) for p in path] if isinstance(path, list) else str(path)
-    return load_corpus(TextConfig(**COMMON | {"source": "text", "path": paths} | changes))
-
-
-def table(path: Path, **changes: Any) -> Corpus:
-    columns = {"columns": [1, 2], "header": False, "delimiter": ","}
-    return load_corpus(CsvConfig(**COMMON | {"source": "csv", "path": str(path)} | columns | changes))
-
-
-def lines(path: Path, **changes: Any) -> Corpus:
-    return load_corpus(JsonlConfig(**COMMON | {"source": "jsonl", "path": str(path), "field": "text"} | changes))
+@pytest.fixture(scope="session")
+def load(data_config: Callable[..., DataConfig]) -> Load:
+    """Return a function that loads a source from a path."""
+    return lambda source, path, **settings: load_corpus(data_config(source, path=str(path), **settings))
 
 
 def written(corpus: Corpus) -> str:
@@ -66,47 +46,49 @@ def test_decoding_gives_back_any_text(content: str) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text(min_size=20), st.integers(1, 7))
 def test_a_file_comes_back_wherever_its_chunks_are_cut(
-    tmp_path_factory: pytest.TempPathFactory, content: str, chunk: int
+    tmp_path_factory: pytest.TempPathFactory, load: Load, content: str, chunk: int
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "text.txt"
     path.write_bytes(content.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_CHUNK", chunk)
-        corpus = text(path, fractions=[0.9, 0.1, 0.0])
+        corpus = load("text", path, fractions=[0.9, 0.1, 0.0])
     kept = set(content[: corpus.segments["train"][-1][1]])
     assert written(corpus) == "".join(c if c in kept else "<unk>" for c in content)
 
 
 @pytest.mark.parametrize("content", ["e\u0301 a\u0308 " * 9, "👩‍👩‍👧‍👦🇩🇪 " * 9, "\ufeffwith a mark\r\nand\rall\n" * 3])
-def test_combining_marks_emoji_byte_order_marks_and_line_ends_are_kept(tmp_path: Path, content: str) -> None:
+def test_combining_marks_emoji_byte_order_marks_and_line_ends_are_kept(
+    tmp_path: Path, load: Load, content: str
+) -> None:
     (tmp_path / "text.txt").write_bytes(content.encode())
-    corpus = text(tmp_path / "text.txt")
+    corpus = load("text", tmp_path / "text.txt")
     assert written(corpus)[: len(content) // 2] == content[: len(content) // 2]
     assert len(corpus.block) == len(content)
 
 
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
+def test_half_a_character_is_refused(tmp_path: Path, load: Load) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "all is well"}\n{"text": "half \\ud83d"}\n')
     with pytest.raises(InputError, match=r"lone surrogate U\+D83D at character 5"):
-        lines(tmp_path / "rows.jsonl")
+        load("jsonl", tmp_path / "rows.jsonl")
 
 
-def test_a_large_alphabet_takes_a_wider_type_midway(tmp_path: Path) -> None:
+def test_a_large_alphabet_takes_a_wider_type_midway(tmp_path: Path, load: Load) -> None:
     content = "ab" * 200 + "".join(map(chr, range(0x4E00, 0x4E00 + 40_000 // 2))) + "ab" * 20_000
     (tmp_path / "text.txt").write_text(content, encoding="utf-8")
-    corpus = text(tmp_path / "text.txt")
+    corpus = load("text", tmp_path / "text.txt")
     assert written(corpus) == content
     assert len(corpus.vocabulary) == 20_000 + 3
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 2**20])
 def test_a_wrong_byte_is_named_by_its_place_in_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(sources, "_CHUNK", chunk)
     (tmp_path / "text.txt").write_bytes("añ€😀".encode() + b"\xff rest")
     with pytest.raises(InputError, match=r"byte 0xff at offset 10; .*data.encoding"):
-        text(tmp_path / "text.txt")
+        load("text", tmp_path / "text.txt")
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -115,41 +97,41 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_a_compressed_file_is_the_text_in_it(tmp_path: Path, suffix: str) -> None:
+def test_a_compressed_file_is_the_text_in_it(tmp_path: Path, load: Load, suffix: str) -> None:
     content = "Once upon a time, é, 中.\n" * 100
     (tmp_path / "plain.txt").write_text(content, encoding="utf-8")
     # Two parts one behind the other are one file to each of these programs.
     half = len(content) // 2
     packed = tmp_path / f"packed.txt{suffix}"
     packed.write_bytes(PACK[suffix](content[:half].encode()) + PACK[suffix](content[half:].encode()))
-    assert written(text(packed)) == written(text(tmp_path / "plain.txt")) == content
+    assert written(load("text", packed)) == written(load("text", tmp_path / "plain.txt")) == content
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_a_compressed_file_that_is_cut_off_or_not_one_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_compressed_file_that_is_cut_off_or_not_one_is_refused(tmp_path: Path, load: Load, suffix: str) -> None:
     whole = PACK[suffix](np.random.default_rng(0).integers(97, 123, 400_000).astype(np.uint8).tobytes())
     path = tmp_path / f"text{suffix}"
     for content in (whole[: len(whole) // 2], b"not compressed at all"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=str(path)):
-            text(path)
+            load("text", path)
 
 
-def test_rows_of_any_length_are_read_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_any_length_are_read_across_chunks(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [["1", f"title {i}", 'say "hi",\nthen go ' * (i % 5)] for i in range(60)]
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    whole = written(table(tmp_path / "rows.csv"))
+    whole = written(load("csv", tmp_path / "rows.csv"))
     monkeypatch.setattr(sources, "_CHUNK", 5)
-    assert written(table(tmp_path / "rows.csv")) == whole
+    assert written(load("csv", tmp_path / "rows.csv")) == whole
     assert whole[:400] == "\n".join(" ".join(row[1:]) for row in rows)[:400]
 
 
-def test_a_field_of_each_json_line_is_a_document(tmp_path: Path) -> None:
+def test_a_field_of_each_json_line_is_a_document(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "rows.jsonl.gz"
     rows = [{"id": i, "text": f"line {i}\nof two"} for i in range(20)]
     path.write_bytes(gzip.compress("\n\n".join(map(json.dumps, rows)).encode()))
-    assert written(lines(path)) == "\n".join(str(row["text"]) for row in rows)
+    assert written(load("jsonl", path)) == "\n".join(str(row["text"]) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +143,10 @@ def test_a_field_of_each_json_line_is_a_document(tmp_path: Path) -> None:
         ('{"text": 3}', "line 1 has no text"),
     ],
 )
-def test_a_json_line_without_the_text_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_json_line_without_the_text_is_refused(tmp_path: Path, load: Load, content: str, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(InputError, match=message):
-        lines(tmp_path / "rows.jsonl")
+        load("jsonl", tmp_path / "rows.jsonl")
 
 
 # --- splits -------------------------------------------------------------------------------------------------------
@@ -179,20 +161,20 @@ def splits(corpus: Corpus) -> dict[str, str]:
 
 @pytest.mark.parametrize("split", ["contiguous", "documents", "stream_tail"])
 @pytest.mark.parametrize("separator", ["\n", "<eos>", None, ""])
-def test_every_character_is_in_one_split(tmp_path: Path, split: str, separator: str | None) -> None:
+def test_every_character_is_in_one_split(tmp_path: Path, load: Load, split: str, separator: str | None) -> None:
     for i in range(30):
         (tmp_path / f"{i:02}.txt").write_text(f"document {i} " * (i + 1))
-    corpus = text(tmp_path, split=split, separator=separator)
+    corpus = load("text", tmp_path, split=split, separator=separator)
     covered = sorted(segment for segments in corpus.segments.values() for segment in segments)
     assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])]
     assert covered[-1][1] == len(corpus.block)
     assert all(corpus.segments.values())
 
 
-def test_a_stream_tail_is_the_end_of_every_row(tmp_path: Path) -> None:
+def test_a_stream_tail_is_the_end_of_every_row(tmp_path: Path, load: Load) -> None:
     content = "".join(chr(97 + i % 26) for i in range(1000))
     (tmp_path / "text.txt").write_text(content)
-    corpus = text(tmp_path / "text.txt", split="stream_tail", batch_size=4)
+    corpus = load("text", tmp_path / "text.txt", split="stream_tail", batch_size=4)
     assert corpus.segments == {
         "train": [(0, 200), (250, 450), (500, 700), (750, 950)],
         "val": [(200, 225), (450, 475), (700, 725), (950, 975)],
@@ -201,16 +183,16 @@ def test_a_stream_tail_is_the_end_of_every_row(tmp_path: Path) -> None:
     assert written(corpus) == content
 
 
-def test_what_training_never_saw_is_counted_and_unknown(tmp_path: Path) -> None:
+def test_what_training_never_saw_is_counted_and_unknown(tmp_path: Path, load: Load) -> None:
     (tmp_path / "text.txt").write_text("ab" * 400 + "abxyab" + "ab" * 47 + "abéab" * 20)
-    corpus = text(tmp_path / "text.txt")
+    corpus = load("text", tmp_path / "text.txt")
     assert corpus.vocabulary.symbols == ["<unk>", "a", "b"]
     assert corpus.unknown == {"train": 0, "val": 2, "test": 20}
     assert corpus.bytes_per_character == {"train": 1.0, "val": 1.0, "test": 1.2}
     assert splits(corpus)["test"] == "ab<unk>ab" * 20
 
 
-def test_a_source_without_splits_of_its_own_says_so(tmp_path: Path) -> None:
+def test_a_source_without_splits_of_its_own_says_so(tmp_path: Path, load: Load) -> None:
     (tmp_path / "text.txt").write_text("text " * 50)
     with pytest.raises(InputError, match=r"data=text has no splits of its own; choose contiguous"):
-        text(tmp_path / "text.txt", split="source")
+        load("text", tmp_path / "text.txt", split="source")
