@@ -108,6 +108,7 @@ def write_again(config: TrainConfig, run: Run) -> float:
     from charlm.checkpoint import open_checkpoint
     from charlm.console import shown
     from charlm.sampled import drawn_with
+    from charlm.text_metrics import find_training_text
 
     loss = float(run.result["val/loss"])
     log.info(f"{run.folder} is complete, val {loss:.4f} nats; to train anew, choose another folder")
@@ -116,9 +117,9 @@ def write_again(config: TrainConfig, run: Run) -> float:
         run.sampled.ask([sampling, *run.sampled.asked()])
     if any(run.sampled.asked()):
         model = open_checkpoint(run.checkpoints / "best.ckpt")
-        for rows in run.sampled.write(model.network, model.vocabulary, config.seed, run.last_step):
-            for row in rows:
-                log.info(shown(row, "the best checkpoint"))
+        text = find_training_text(config.data, model.vocabulary)
+        for rows in run.sampled.write(model.network, model.vocabulary, config.seed, run.last_step, text):
+            log.info(shown(rows, "the best checkpoint"))
         log.info(f"kept in {run.folder / 'sampled'}")
     return loss
 

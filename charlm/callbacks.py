@@ -23,6 +23,7 @@ from charlm.metrics import bits
 from charlm.module import CharLM
 from charlm.network import State
 from charlm.run import Run
+from charlm.text_metrics import TrainingText, measured
 from charlm.tracking import WandbTracker
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class FinalValidation(L.Callback):
 class Samples(L.Callback):
     """Text from the network every `every_n_steps` optimizer steps, greedy and at each temperature.
 
-    And once more at the end, when the test has loaded the best checkpoint.
+    And once more at the end, when the test has loaded the best checkpoint; these are measured as well.
     Each sample goes to the console, to samples.jsonl and to every tracker that takes tables.
     """
 
@@ -202,11 +203,20 @@ class Samples(L.Callback):
             self._write_last(trainer, pl_module)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, source: str) -> None:
+    def _write(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        source: str,
+        training_text: TrainingText | None = None,
+    ) -> None:
         assert isinstance(pl_module, CharLM)
+        network, vocabulary = pl_module.network, pl_module.vocabulary
         config, step = self._config, trainer.global_step
         temperatures = [0.0, *(t for t in config.temperatures if t != 0)]
-        rows = sample_rows(pl_module.network, pl_module.vocabulary, config, temperatures, self._seed, step)
+        rows = sample_rows(network, vocabulary, config, temperatures, self._seed, step)
+        if training_text:
+            rows = measured(rows, network, vocabulary, training_text)
         with self._run.samples.open("a", encoding="utf-8") as file:
             file.write(json_lines(rows))
         self._show(trainer, rows, source)
@@ -215,15 +225,15 @@ class Samples(L.Callback):
     def _write_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write with the best checkpoint, and what was asked for at other settings too."""
         assert isinstance(pl_module, CharLM)
-        self._write(trainer, pl_module, "the best checkpoint")
-        asked = self._run.sampled.write(pl_module.network, pl_module.vocabulary, self._seed, trainer.global_step)
-        for rows in asked:
+        training_text = TrainingText(trainer.datamodule.corpus)  # type: ignore[attr-defined]
+        self._write(trainer, pl_module, "the best checkpoint", training_text)
+        network, step = pl_module.network, trainer.global_step
+        for rows in self._run.sampled.write(network, pl_module.vocabulary, self._seed, step, training_text):
             self._show(trainer, rows, "the best checkpoint")
 
     @staticmethod
     def _show(trainer: L.Trainer, rows: list[dict[str, Any]], source: str) -> None:
-        for row in rows:
-            log.info(shown(row, source))
+        log.info(shown(rows, source))
         for logger in trainer.loggers:
             if isinstance(logger, WandbTracker):
                 logger.log_samples(rows)

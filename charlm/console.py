@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Control characters could move the cursor, recolour or lock a terminal; of a corpus, they may come back in any sample.
@@ -15,6 +16,15 @@ _SHOWN = (
     | {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 )
 
+_MEASURES = {  # how each is called, and written
+    "real_words": ("real words", ".0%"),
+    "distinct_4grams": ("distinct 4-grams", ".0%"),
+    "loop_rate": ("in loops", ".0%"),
+    "entropy": ("entropy, bits", ".2f"),
+    "longest_copy": ("longest copy", ",d"),
+    "copied": ("copied", ".0%"),
+}
+
 
 def printable(text: str) -> str:
     """Return `text` with its control characters made visible."""
@@ -26,6 +36,23 @@ def heading(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
-def shown(row: Mapping[str, Any], source: str) -> str:
-    """Return a row of samples.jsonl as the log shows it."""
-    return f"--- {source}, {heading(row['temperature'])} ---\n{printable(row['prompt'] + row['text'])}"
+def shown(rows: Sequence[Mapping[str, Any]], source: str) -> str:
+    """Return rows of samples.jsonl as the log shows them, and a table of what was measured of them."""
+    texts = [
+        f"--- {source}, {heading(row['temperature'])} ---\n{printable(row['prompt'] + row['text'])}" for row in rows
+    ]
+    return "\n".join([*texts, *_table([row for row in rows if "entropy" in row])])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    measures = {name: measure for name, measure in _MEASURES.items() if rows and name in rows[0]}
+    lines = [" " * 15 + "".join(f"   {title}" for title, _ in measures.values())] if rows else []
+    for row in rows:
+        figures = (
+            (title, "-" if math.isnan(row[name]) else format(row[name], form))
+            for name, (title, form) in measures.items()
+        )
+        lines.append(
+            f"{heading(row['temperature']):<15}" + "".join(f"   {text:>{len(title)}}" for title, text in figures)
+        )
+    return lines

@@ -18,6 +18,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as one JSON object a line. JSON has no infinity: as a temperature it becomes the text "inf"."""
-    plain = ({key: str(value) if value == math.inf else value for key, value in row.items()} for row in rows)
+    """Return rows as one JSON object a line.
+
+    JSON has neither infinity nor NaN. The one, a temperature, becomes the text "inf"; the other, a figure that there is
+    not, null.
+    """
+    plain = ({key: _plain(value) for key, value in row.items()} for row in rows)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from charlm.files import json_lines, write_whole
 
 if TYPE_CHECKING:  # a sweep asks without waiting for torch
     from charlm.network import CharRNN
+    from charlm.text_metrics import TrainingText
     from charlm.vocabulary import Vocabulary
 
 
@@ -72,22 +74,32 @@ class Sampled:
             if not file.with_suffix(".jsonl").exists():
                 yield yaml.safe_load(file.read_text(encoding="utf-8"))
 
-    def write(self, network: CharRNN, vocabulary: Vocabulary, seed: int, step: int) -> Iterator[list[dict[str, Any]]]:
-        """Write all that is asked for and not yet there, and yield the rows of each settings.
+    def write(
+        self, network: CharRNN, vocabulary: Vocabulary, seed: int, step: int, training_text: TrainingText | None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Write all that is asked for and not yet there, measured, and yield the rows of each settings.
 
         Args:
             network: of the best checkpoint.
             vocabulary: the network's.
             seed: the run's.
             step: how many optimizer steps the training took.
+            training_text: the run's, if it is at hand.
 
         Raises:
             InputError: a prompt with characters that the training text lacks.
         """
         from charlm.generate import sample_rows
+        from charlm.text_metrics import measured
 
+        drawn: dict[Path, list[dict[str, Any]]] = {}
         for settings in self.asked():
             sampling = SamplingConfig(**settings)
             rows = sample_rows(network, vocabulary, sampling, sampling.temperatures, seed, step)
-            write_whole(self.rows_file(settings), json_lines(rows))
+            drawn[self.rows_file(settings)] = rows
+        # Measured all together, for the training text is read anew each time.
+        every = iter(measured((row for rows in drawn.values() for row in rows), network, vocabulary, training_text))
+        for file, rows in drawn.items():
+            rows = list(islice(every, len(rows)))
+            write_whole(file, json_lines(rows))
             yield rows

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, WandbConfig
 from charlm.run import Run
+from charlm.text_metrics import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class MetricsFile(Logger):
 class WandbTracker(WandbLogger):
     """A Weights & Biases run with a growing table of samples."""
 
-    SAMPLE_COLUMNS = ("step", "temperature", "prompt", "text")
+    SAMPLE_COLUMNS = ("step", "temperature", "prompt", "text", *METRICS)
 
     def __init__(self, **init: Any) -> None:
         super().__init__(**init)
@@ -80,15 +81,18 @@ class WandbTracker(WandbLogger):
 
     @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to the table; each has the keys of `SAMPLE_COLUMNS`."""
+        """Add rows to the table, those of `SAMPLE_COLUMNS`; what was measured becomes the run's summary too."""
         import wandb
 
         if self._samples is None:
             # Only an incremental table can be logged again without sending all of it.
             self._samples = wandb.Table(columns=list(self.SAMPLE_COLUMNS), log_mode="INCREMENTAL")
         for row in rows:
-            self._samples.add_data(*(row[column] for column in self.SAMPLE_COLUMNS))
+            self._samples.add_data(*(row.get(column) for column in self.SAMPLE_COLUMNS))
         self.experiment.log({"samples": self._samples, "trainer/global_step": rows[0]["step"]})
+        self.experiment.summary.update(
+            {f"text/{name}/{row['temperature']:g}": row[name] for row in rows for name in METRICS if name in row}
+        )
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:

@@ -23,6 +23,7 @@ from charlm.config import TrainConfig
 from charlm.errors import InputError
 from charlm.run import newest_completed
 from charlm.sampled import Sampled
+from charlm.text_metrics import METRICS
 from charlm.tracking import wandb_mode
 from train import train
 
@@ -80,6 +81,8 @@ def test_samples_come_greedy_and_at_each_temperature_while_training_and_from_the
         *((20, 0.0), (20, 0.5), (20, 1.0)),
     ]
     assert {len(row["text"]) for row in found} == {30}
+    assert ["entropy" in row for row in found] == [False] * 3 + [True] * 3  # only those of the best are measured
+    assert all(0 <= row[name] <= 1 for row in found[3:] for name in ("loop_rate", "distinct_4grams", "copied"))
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -122,6 +125,25 @@ def test_a_finished_run_writes_at_other_settings_and_is_not_trained_again(
     (file,) = (folder / "sampled").glob("*.jsonl")
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(row["step"], row["temperature"], row["prompt"]) for row in found] == [(20, 0.5, "The"), (20, 1.7, "The")]
+    assert all(METRICS[0] in row for row in found)
+
+
+def test_a_finished_run_writes_also_where_its_text_is_gone_and_then_measures_less(
+    composed: Composed, tiny: list[str], text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    folder = tmp_path / "run"
+    told = [*tiny, f"data.path={text}"]
+    train(composed(*told), folder)
+    for number, change in enumerate((lambda: text.write_text("xyz" * 5000), text.unlink)):
+        change()
+        train(composed(*told, f"sampling.temperature={2 + number}"), folder)
+        (file,) = (folder / "sampled").glob(f"{2 + number}_*.jsonl")
+        (row,) = map(json.loads, file.read_text().splitlines())
+        assert "loop_rate" in row
+        assert "copied" not in row
+    assert caplog.text.count("copies and real words are not measured") == 2
 
 
 def test_what_was_asked_of_a_training_beforehand_it_writes_at_its_end(
@@ -300,7 +322,9 @@ def test_wandb_shows_the_runs_numbers_offline(composed: Composed, tiny: list[str
     assert "hidden_size" in json.dumps(run["config"])
     tables = [json.loads(path.read_text()) for path in offline.glob("files/media/table/samples_*.json")]
     assert sum(len(table["data"]) for table in tables) == 6
-    assert {tuple(table["columns"]) for table in tables} == {("step", "temperature", "prompt", "text")}
+    assert {tuple(table["columns"]) for table in tables} == {("step", "temperature", "prompt", "text", *METRICS)}
+    best = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()][-1]
+    assert float(run["summary"]["text/entropy/1"]) == pytest.approx(best["entropy"])
 
 
 def test_wandb_is_online_by_request_or_credentials_alone(
