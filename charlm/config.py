@@ -165,6 +165,31 @@ class TorchtextConfig(DataConfig):
         )
 
 
+@dataclass
+class HuggingFaceConfig(DataConfig):
+    """A dataset of Hugging Face's: see charlm/huggingface.py."""
+
+    path: str = MISSING
+    name: str | None = MISSING
+    revision: str | None = MISSING
+    files: Any = MISSING  # a file, pattern or list of them, or those of each split by its name
+    columns: list[str] = MISSING
+    splits: Any = MISSING  # by ours (train, val, test), the names of theirs
+    streaming: bool = MISSING
+    documents: int | None = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(bool(self.columns), "data.columns=[] must name at least one column")
+        ours = set(self.splits) if isinstance(self.splits, dict) else set()
+        _check(
+            self.splits is None or {"train"} <= ours <= {"train", "val", "test"},
+            f"data.splits={self.splits} must say what train is, and may say what val and test are, as in "
+            "data.splits={train: train, val: validation}",
+        )
+        _at_least(1, **{"data.documents": self.documents})
+
+
 # --- model and optimizer ------------------------------------------------------------------------------------------
 
 
@@ -543,6 +568,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "csv": CsvConfig,
         "jsonl": JsonlConfig,
         "ag_news": AgNewsConfig,
+        "huggingface": HuggingFaceConfig,
         "torchtext": TorchtextConfig,
     },
     "optimizer": {"adam": AdamConfig, "rmsprop": RMSpropConfig, "sgd": SGDConfig},

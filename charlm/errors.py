@@ -13,9 +13,31 @@ class InputError(ValueError):
     """
 
 
+class LibraryErrors:
+    """Around calls of a library that reads the user's input: what it raises becomes an `InputError` of one line.
+
+    For libraries that let through the exceptions of everything that they are made of.
+
+    Args:
+        what: could not be done.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self._what = what
+        self._remedy = remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            raise InputError(f"{self._what}: {reason(error)}; {self._remedy}") from error
+
+
 def reason(error: BaseException, longest: int = 300) -> str:
     """Return what another library's exception says, in one line of at most `longest` characters."""
-    return shortened(" ".join(str(error).split()) or type(error).__name__, longest)
+    return shortened(" ".join(str(error).split()).rstrip(".") or type(error).__name__, longest)
 
 
 def listed(names: Sequence[object], most: int = 10) -> str:

@@ -29,6 +29,7 @@ from charlm.config import (
     AgNewsConfig,
     CsvConfig,
     DataConfig,
+    HuggingFaceConfig,
     JsonlConfig,
     PythonDocsConfig,
     TextConfig,
@@ -93,6 +94,10 @@ def find_source(config: DataConfig) -> Source:
             return Files(config, list(find_files(config.path, config.cache_dir)))
         case TextConfig():
             return Files(config, [(path, None) for path in _files(config.path)])
+        case HuggingFaceConfig():
+            from charlm.huggingface import HuggingFace
+
+            return HuggingFace(config)
         case TorchtextConfig():
             from charlm.torchtext_bridge import Torchtext
 

@@ -11,13 +11,13 @@ import importlib
 import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from charlm.cache import cache_folder
 from charlm.config import TorchtextConfig
-from charlm.errors import InputError, listed, reason
+from charlm.errors import InputError, LibraryErrors, listed, reason
 from charlm.sources import Piece, Source, split_named
 from charlm.vocabulary import UNKNOWN
 
@@ -92,6 +92,10 @@ class Torchtext(Source):
             root = cache_folder(config.cache_dir) / "torchtext"
         self._root = str(root)
         self._folder = Path(root) / "datasets" / config.dataset  # torchtext's choice
+        self._errors = LibraryErrors(
+            f"torchtext cannot read data.dataset={config.dataset}",
+            "where its files lie already, name their folder, the one with `datasets` in it, with data.path=FOLDER",
+        )
         self._fetch()
 
     def _items(self, split: str | None) -> Iterator[Any]:
@@ -100,7 +104,7 @@ class Torchtext(Source):
     def _fetch(self) -> None:
         """Have the files laid there: torchtext downloads and unpacks them when items are asked for."""
         before = set(self._folder.rglob("*"))
-        with _told(self.config):
+        with self._errors:
             try:
                 for split in self._splits:
                     items = self._items(split)
@@ -134,7 +138,7 @@ class Torchtext(Source):
         return whole.hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
-        with _told(self.config):
+        with self._errors:
             for split in self._splits:
                 for item in self._items(split):
                     text = self._text(item)
@@ -155,17 +159,3 @@ class Torchtext(Source):
                 "with data.fields=[...], counted from 0"
             )
         return " ".join(words)
-
-
-@contextmanager
-def _told(config: TorchtextConfig) -> Iterator[None]:
-    """Put what fails in torchtext in one line. It lets through the errors of everything that it reads with."""
-    try:
-        yield
-    except (InputError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise InputError(
-            f"torchtext cannot read data.dataset={config.dataset}: {reason(error)}; where its files lie already, name "
-            "their folder, the one with `datasets` in it, with data.path=FOLDER"
-        ) from error

@@ -67,7 +67,8 @@ def data_config(composed: Callable[..., TrainConfig]) -> Callable[..., DataConfi
     defaults = cache(lambda source, *given: composed(f"data={source}", *given).data)
 
     def config(source: str, **settings: Any) -> DataConfig:
-        needed = ("data.path=given.below",) if source in ("text", "csv", "jsonl") else ()
+        path_needed = "path: ???" in (ROOT / "conf" / "data" / f"{source}.yaml").read_text()
+        needed = ("data.path=given.below",) if path_needed else ()
         return replace(defaults(source, *needed), **small | settings)
 
     return config

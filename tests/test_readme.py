@@ -22,7 +22,7 @@ LINES = [
 TRAIN = list(dict.fromkeys(line for line in LINES if line.startswith("python train.py")))
 SAMPLE = list(dict.fromkeys(line for line in LINES if "python sample.py" in line))
 SCRIPTS = [line for line in LINES if line.startswith(("python docs/", "python benchmarks/"))]
-COMPOSED_ONLY = ("data=ag_news", "logger.mode=online")  # these need the network
+COMPOSED_ONLY = ("data=ag_news", "data=huggingface", "logger.mode=online")  # these need the network
 SHORT = {
     "trainer.max_steps": "4",
     "trainer.val_check_interval": "2",
