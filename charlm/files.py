@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"  # held by the process that works in a folder
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one go: whoever reads it finds the old text or the new, never half of one."""

@@ -26,12 +26,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from charlm.errors import InputError
-from charlm.files import write_whole
+from charlm.files import LOCK, write_whole
 from charlm.sampled import Sampled
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 class Run:

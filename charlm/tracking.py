@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, WandbConfig
+from charlm.metrics import bits
+from charlm.results import read_results, table
 from charlm.run import Run
 from charlm.text_metrics import METRICS
 
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 15  # seconds to wait for the server at the start; then the run goes on offline
 FINISH_TIMEOUT = 60  # seconds to wait for it at the end; the data are on disk by then
+LONGEST_TAG = 64  # characters
+SWEEP = "sweep"  # the kind of run that sums a sweep up
+SWEEP_FILE = "sweep.json"  # what a sweep's folder holds
 WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where `wandb login` leaves credentials for, new and old
 
 
@@ -79,6 +84,9 @@ class WandbTracker(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
         self._samples: Any = None
 
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run was told its whole configuration as it began."""
+
     @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to the table, those of `SAMPLE_COLUMNS`; what was measured becomes the run's summary too."""
@@ -93,6 +101,31 @@ class WandbTracker(WandbLogger):
         self.experiment.summary.update(
             {f"text/{name}/{row['temperature']:g}": row[name] for row in rows for name in METRICS if name in row}
         )
+
+    @rank_zero_only
+    def record_end(self, run: Run, with_model: bool) -> None:
+        """Put what a run came to into its summary, and where online, its best checkpoint beside it as an artifact."""
+        import wandb
+
+        end = run.result
+        self.experiment.summary.update(
+            {
+                "result/val_bpc": bits(end["val/loss"]),
+                "result/test_bpc": end.get("test/bpc"),
+                "result/parameters": end["parameters"],
+                "result/seconds": end["seconds"],
+            }
+        )
+        best = run.checkpoints / "best.ckpt"
+        if with_model and best.exists() and self.online:
+            artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata=end)
+            artifact.add_file(str(best))
+            self.experiment.log_artifact(artifact, aliases=["best"])
+
+    @property
+    def online(self) -> bool:
+        """Whether the run's data are sent."""
+        return not self.experiment.settings.mode.startswith("off") and not self.experiment.disabled
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
@@ -133,30 +166,35 @@ def _credentials() -> str | None:
     return str(path) if any(host in known for host in hosts) else None
 
 
-def open_wandb(config: WandbConfig, run_dir: Path, resolved: Mapping[str, Any]) -> WandbTracker:
-    """Start (or go on with) the W&B run of a run's folder.
+def open_wandb(
+    config: WandbConfig, folder: Path, resolved: Mapping[str, Any], *, group: str | None, job: str, tags: Sequence[str]
+) -> WandbTracker:
+    """Start (or go on with) the W&B run of a run's or a sweep's folder, which keeps its id.
 
     Args:
-        config: project, group, tags and mode.
-        run_dir: the run's folder, which keeps the id. The data go into `wandb/` beside it, so that one
-            `wandb leet` shows all runs that lie side by side.
+        config: project, entity, further tags and mode.
+        folder: the run's or the sweep's.
         resolved: the whole configuration as plain values.
+        group: the sweep.
+        job: the kind of run.
+        tags: what it can be found by.
     """
     import wandb
 
-    id_file = run_dir / "wandb_id.txt"
+    id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     mode, why = wandb_mode(config)
     init: dict[str, Any] = {
         "project": config.project,
         "entity": config.entity,
-        "group": config.group,
-        "tags": config.tags,
-        "name": run_dir.name,
+        "group": config.group or group,
+        "job_type": job,
+        "tags": [tag[:LONGEST_TAG] for tag in dict.fromkeys([*config.tags, *tags])],
+        "name": folder.name,
         "id": id_file.read_text().strip(),
-        "save_dir": config.dir or run_dir.parent,
-        "log_model": config.log_model and mode == "online",
+        # One `wandb leet` shows all runs that lie side by side, and of a sweep that which sums it up too.
+        "save_dir": config.dir or (folder if job == SWEEP else folder.parent),
         "config": dict(resolved),
         "settings": wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, silent=True),
     }
@@ -166,7 +204,7 @@ def open_wandb(config: WandbConfig, run_dir: Path, resolved: Mapping[str, Any]) 
     except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         mode, why = "offline", f"online failed: {' '.join(str(error).split())[:200]}"
         wandb.teardown()  # it would take the run for one that still goes on
-        tracker = WandbTracker(mode=mode, **{**init, "log_model": False})
+        tracker = WandbTracker(mode=mode, **init)
         tracker.experiment  # noqa: B018
     log.info(f"W&B: {mode} ({why})")
     return tracker
@@ -179,11 +217,48 @@ def tracked(trainer: L.Trainer, config: TrainConfig, run: Run) -> Iterator[None]
     if not isinstance(config.logger, WandbConfig) or not trainer.is_global_zero:
         yield
         return
-    tracker = open_wandb(config.logger, run.folder, config.resolved)
+    size = config.model.hidden_size or config.model.parameters
+    sweep = run.folder.parent.name if (run.folder.parent / SWEEP_FILE).exists() else None
+    tags = [config.model.cell, f"{size}x{config.model.num_layers}", *([sweep] if sweep else [])]
+    tracker = open_wandb(config.logger, run.folder, config.resolved, group=sweep, job="train", tags=tags)
     trainer.loggers.append(tracker)
     exit_code = 1
     try:
         yield
+        tracker.record_end(run, config.logger.log_model)
         exit_code = 0
     finally:
         tracker.close(exit_code)
+
+
+def record_sweep(folder: Path, config: TrainConfig) -> None:
+    """Sum a sweep up in a W&B run of its own: the table of its runs and the figures of its report.
+
+    It has failed where one of the sweep's runs did. Once more recorded, it goes on as the same run. Without W&B nothing
+    is done.
+
+    Args:
+        folder: the sweep's, for which `charlm.report.write_report` has been called.
+        config: of any job of the sweep, for what it says of W&B.
+    """
+    if not isinstance(config.logger, WandbConfig):
+        return
+    import wandb
+
+    results = read_results(folder)
+    tracker = open_wandb(config.logger, folder, config.resolved, group=folder.name, job=SWEEP, tags=[folder.name])
+    rows = table(results)
+    columns = list(rows[0]) if rows else []
+    # As text, for a column of W&B's has one type, and a setting may be now a number and now nothing.
+    shown = wandb.Table(columns=[*columns], allow_mixed_types=True)
+    for row in rows:
+        shown.add_data(*(value if isinstance(value, int | float | str) else str(value) for value in row.values()))
+    figures = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("report_*.png"))}
+    tracker.experiment.log({"runs": shown, **figures})
+    tracker.experiment.summary.update(
+        {
+            **{status: sum(run.status == status for run in results) for status in {run.status for run in results}},
+            "result/val_bpc": min((run.val_bpc for run in results if run.val_bpc is not None), default=None),
+        }
+    )
+    tracker.close(exit_code=int(any(run.status == "failed" for run in results)))
