@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,10 @@ def train(config: TrainConfig, folder: Path) -> float:
     from charlm.generate import prompt_ids
     from charlm.module import CharLM
     from charlm.network import sized
+    from charlm.ranks import watched
+    from charlm.resume import find_resumable
     from charlm.run import Run
+    from charlm.signals import Signals
     from charlm.tracking import tracked
     from charlm.trainer import build_trainer, choose_precision, describe, describe_result, epoch_steps, step_budget
 
@@ -65,7 +67,8 @@ def train(config: TrainConfig, folder: Path) -> float:
         prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
     sizes = sized(config.model, len(vocabulary))
     arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, sizes["hidden_size"])}
-    callbacks = build_callbacks(config, run, progress_bar=arguments["enable_progress_bar"])
+    signals = Signals()
+    callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)
@@ -83,16 +86,17 @@ def train(config: TrainConfig, folder: Path) -> float:
         model.take_over(trainer, data)
     describe(model, data, trainer)
 
-    run.begin()
-    if run.completed:  # by the process that it waited for
-        return write_again(config, run)
-    with run.recorded(), tracked(trainer, config, run):
-        with logging_redirect_tqdm():  # log lines above the progress bar, not through it
-            trainer.fit(model, data, ckpt_path=run.last_checkpoint, weights_only=True)
+    with run.claimed(), signals:
+        if run.completed:  # by the process that it waited for
+            return write_again(config, run)
+        checkpoint = run.begin(*find_resumable(run, model))
+        # Log lines come above the progress bar, not through it.
+        with tracked(trainer, config, run), watched(trainer, run.stopped), logging_redirect_tqdm():
+            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
             judge = trainer.test if data.corpus.characters("test") else trainer.validate
-            judge(model, data, callbacks.best.best_model_path or None, verbose=False, weights_only=True)
+            judge(model, data, callbacks.checkpoints.best_path, verbose=False, weights_only=True)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        figures["val/loss"] = float(callbacks.best.best_model_score or math.nan)
+        figures["val/loss"] = callbacks.checkpoints.best_loss
         run.complete({**figures, "hidden_size": sizes["hidden_size"], "parameters": model.network.size})
     log.info(describe_result(figures))
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
@@ -116,7 +120,7 @@ def write_again(config: TrainConfig, run: Run) -> float:
     if drawn_with(sampling) != drawn_with(run.told["sampling"]) and not run.sampled.holds(sampling):
         run.sampled.ask([sampling, *run.sampled.asked()])
     if any(run.sampled.asked()):
-        model = open_checkpoint(run.checkpoints / "best.ckpt")
+        model = open_checkpoint(run.best_checkpoint)
         text = find_training_text(config.data, model.vocabulary)
         for rows in run.sampled.write(model.network, model.vocabulary, config.seed, run.last_step, text):
             log.info(shown(rows, "the best checkpoint"))

@@ -1,4 +1,4 @@
-"""What happens beside the training: log lines, samples, the last validation, what an exact resume needs."""
+"""What happens beside the training: log lines, samples, the last validation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.averaging import WeightAverage
 from charlm.config import TrainConfig, TrainSamplingConfig
 from charlm.console import shown
-from charlm.files import json_lines
+from charlm.files import append_whole, json_lines
 from charlm.generate import sample_rows
 from charlm.metrics import bits
 from charlm.module import CharLM
-from charlm.network import State
+from charlm.resume import Checkpoints, ExactResume
 from charlm.run import Run
+from charlm.signals import Signals
 from charlm.text_metrics import TrainingText, measured
 from charlm.tracking import WandbTracker
 
@@ -30,34 +30,31 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks(NamedTuple):
-    """A run's callbacks, and the one that knows the best checkpoint."""
+    """A run's callbacks, and the one that knows the checkpoints."""
 
-    best: ModelCheckpoint
+    checkpoints: Checkpoints
     all: list[L.Callback]
 
 
-def build_callbacks(config: TrainConfig, run: Run, progress_bar: bool) -> Callbacks:
+def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_bar: bool) -> Callbacks:
     """Return what shall happen beside the training of a run."""
-    best = ModelCheckpoint(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
-    # Not saved on an exception: what is half through a step is no place to go on from exactly.
-    last = ModelCheckpoint(run.checkpoints, "last", enable_version_counter=False)
+    checkpoints = Checkpoints(run, signals)
     training_log = TrainingLog(config.trainer.get("log_every_n_steps") or 50)
     decay = config.weight_average.decay
     average = None if decay is None else WeightAverage(decay)
-    callbacks = [
+    callbacks: list[L.Callback] = [
         training_log,
         *([average] if average else []),
         FinalValidation(),
         Samples(config.sampling, config.seed, run, average),
         ExactResume(run),
-        best,
-        last,
+        checkpoints,
     ]
     if config.early_stopping.patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=config.early_stopping.patience))
     if progress_bar:
         callbacks.append(ProgressBar(training_log))
-    return Callbacks(best, callbacks)
+    return Callbacks(checkpoints, callbacks)
 
 
 class TrainingLog(L.Callback):
@@ -217,8 +214,7 @@ class Samples(L.Callback):
         rows = sample_rows(network, vocabulary, config, temperatures, self._seed, step)
         if training_text:
             rows = measured(rows, network, vocabulary, training_text)
-        with self._run.samples.open("a", encoding="utf-8") as file:
-            file.write(json_lines(rows))
+        append_whole(self._run.samples, json_lines(rows))
         self._show(trainer, rows, source)
 
     @rank_zero_only
@@ -237,51 +233,3 @@ class Samples(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbTracker):
                 logger.log_samples(rows)
-
-
-class ExactResume(L.Callback):
-    """What a resumed run needs to go on as if it had never stopped, beyond what Lightning keeps.
-
-    That is every rank's random state and carried hidden state, and files without the rows that it will write again.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._ranks: list[dict[str, Any]] = []
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, CharLM)
-        mine = {"random": torch.get_rng_state(), "carried": pl_module.carried}
-        if pl_module.device.type == "cuda":
-            mine["random_cuda"] = torch.cuda.get_rng_state(pl_module.device)
-        ranks: list[Any] = [mine]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-        checkpoint["ranks"] = ranks
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._ranks = checkpoint["ranks"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, CharLM)
-        self._drop_rows_behind(trainer.global_step)
-        if len(self._ranks) != trainer.world_size:
-            # A fresh run, or one that goes on with another number of devices: each rank draws its own dropout.
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
-            return
-        mine = self._ranks[trainer.global_rank]
-        torch.set_rng_state(mine["random"])
-        if "random_cuda" in mine and pl_module.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["random_cuda"], pl_module.device)
-        pl_module.carried = _moved(mine["carried"], pl_module.device)
-
-    @rank_zero_only
-    def _drop_rows_behind(self, step: int) -> None:
-        self._run.keep_rows_to(step)
-
-
-def _moved(state: State | None, device: torch.device) -> State | None:
-    if isinstance(state, torch.Tensor) or state is None:
-        return None if state is None else state.to(device)
-    return state[0].to(device), state[1].to(device)

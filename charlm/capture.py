@@ -101,7 +101,6 @@ class CapturedCharLM(CharLM):
         self.automatic_optimization = False
         self._clip: tuple[float | None, str] = (None, "norm")  # its bound and how
         self._replay: Callable[[], None] | None = None
-        self._steps = 0  # since someone last looked at the losses
 
     @property
     def optimizer_flags(self) -> dict[str, bool]:
@@ -122,8 +121,7 @@ class CapturedCharLM(CharLM):
         self._block = self._datamodule.resident_block()
         self._window = config.window
         self._starts = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # (B,)
-        self._loss_sum = torch.zeros((), device=device)
-        self._steps = 0
+        self._loss_sum = self._loss_sum.clone().to(device)
         if config.order == "streams":
             self.carried = self.carried if self.carried is not None else self._zero_state(config.batch_size)
         optimizer = self.trainer.optimizers[0]

@@ -1,16 +1,28 @@
-"""Opening a checkpoint, which suffices: weights, sizes and vocabulary are all in it."""
+"""Checkpoint files: written whole, verified before use, opened without running code.
+
+One suffices to write text: weights, sizes and vocabulary are all in it.
+"""
 
 from __future__ import annotations
 
+import inspect
+import io
 import logging
 import pickle
+import pickletools
+import zipfile
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 
+from charlm.config import ModelConfig
 from charlm.errors import InputError
+from charlm.files import write_whole
 from charlm.module import CharLM
+from charlm.network import CharRNN
 from charlm.run import newest_completed
 
 log = logging.getLogger(__name__)
@@ -52,32 +64,130 @@ def find_device(name: str) -> torch.device:
 def open_checkpoint(path: Path) -> CharLM:
     """Return the model of a checkpoint, on the CPU, whatever device it was trained on.
 
-    Only tensors and plain values are read (`weights_only=True`): a file that carries code is refused and nothing runs.
-
     Raises:
         InputError: there is no such file, or it is not a checkpoint of charlm's.
     """
     if not path.is_file():
         raise InputError(f"checkpoint={path} does not exist; a run keeps its own in RUN/checkpoints/best.ckpt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise _refusal(path, "it is not one, or holds more than tensors and plain values, such as code") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _refusal(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
-        raise _refusal(path, "it holds no weights with their sizes")
-    return _build(path, content["hyper_parameters"], content["state_dict"])
-
-
-def _build(path: Path, hyper_parameters: dict[str, Any], weights: dict[str, torch.Tensor]) -> CharLM:
-    try:
-        model = CharLM(**hyper_parameters)
-        model.load_state_dict(weights)
-    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise _refusal(path, str(error).splitlines()[0]) from None
+    content = read_checkpoint(path)
+    model = CharLM(**content["hyper_parameters"])
+    model.load_state_dict(content["state_dict"])
     return model.eval()
 
 
+# --- the file -----------------------------------------------------------------------------------------------------
+
+# All that a checkpoint's pickle may name. Torch's own list for `weights_only` is longer, and a bytearray of any length
+# is on it.
+_NAMES = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    *(
+        f"torch.{kind}Storage"
+        for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Bool")
+    ),
+}
+
+
+class WholeCheckpoints(CheckpointIO):
+    """Checkpoints as Lightning saves and loads them: written whole, verified before they are used."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; the file that had the name stays until the new one is on the disk.
+
+        Raises:
+            RunStopped: the disk is full, or the folder may not be written to.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(Path(path), content.getbuffer())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Return what `read_checkpoint` does."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, on the CPU.
+
+    A checkpoint is a zip file of stored, uncompressed records, each with its CRC-32: whether it is whole is in the file
+    itself (`unzip -t FILE` says so too). Only tensors and plain values are read (`weights_only=True`); what carries
+    code, or claims more memory than the file has bytes, is refused before anything runs or takes memory.
+
+    Raises:
+        InputError: the file is torn, or not a checkpoint of charlm's.
+    """
+    try:
+        with path.open("rb") as file:
+            _verify(path, file)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise _refusal(path, "it holds more than tensors and plain values, such as code") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _refusal(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+        raise _refusal(path, "it holds no weights with their sizes")
+    _on_no_device(path, content["hyper_parameters"], content["state_dict"])
+    return content
+
+
+def _verify(path: Path, file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise _refusal(path, "its records are compressed")
+        if damaged := archive.testzip():
+            raise _refusal(path, f"it is damaged at {damaged}")
+        pickles = [record for record in records if record.filename.endswith(".pkl")]
+        if len(pickles) != 1:
+            raise _refusal(path, "it holds no weights with their sizes")
+        for operation, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            name = str(argument).replace(" ", ".")
+            if operation.name == "STACK_GLOBAL" or (operation.name in ("GLOBAL", "INST") and name not in _NAMES):
+                raise _refusal(path, "it holds more than tensors and plain values, such as code")
+
+
+def _on_no_device(path: Path, hyper_parameters: Any, weights: Any) -> CharLM:
+    """Return the model that the sizes describe, without memory for its weights, if `weights` fit it.
+
+    Raises:
+        InputError: they do not, or the sizes make no sense.
+    """
+    try:
+        signature = inspect.signature(CharRNN).parameters
+        defaults = {
+            field.name: signature[field.name].default for field in fields(ModelConfig) if field.name in signature
+        }
+        config = ModelConfig(**{"parameters": None, **defaults, **hyper_parameters["model"]})
+        if config.num_layers > len(weights) or any(
+            value.numel() * value.itemsize > value.untyped_storage().nbytes() for value in weights.values()
+        ):
+            raise ValueError("it claims more weights than it holds")
+        with torch.device("meta"):
+            model = CharLM(**hyper_parameters)
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise _refusal(path, str(error).splitlines()[0]) from None
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for name in sorted({*shapes, *weights}):
+        there, expected = weights[name].shape if name in weights else None, shapes.get(name)
+        if there != expected:
+            raise _refusal(path, f"{name} is {_shape(there)}, not {_shape(expected)}")
+    return model
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))
+
+
 def _refusal(path: Path, why: str) -> InputError:
-    return InputError(f"checkpoint={path} is not a checkpoint of charlm's: {why}")
+    return InputError(f"{path} is not a checkpoint of charlm's: {why}")

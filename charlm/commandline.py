@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,30 +19,38 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from charlm.errors import InputError
+from charlm.console import printable
+from charlm.errors import InputError, RunStopped
 
-BAD_INPUT = 2  # exit code
+BAD_INPUT, STOPPED = 2, 1  # exit codes
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     """Run a Hydra application; `text_keys` are the settings whose values are text, such as a prompt.
 
-    Bad input ends with one line on standard error and exit code 2. Everything else that fails is a fault of the
-    program's, and keeps its traceback.
+    Bad input ends with one line on standard error and exit code 2, and what stops a run under way, such as a full
+    disk, with one line and exit code 1. Everything else that fails is a fault of the program's, and keeps its
+    traceback.
     """
+    logging.raiseExceptions = False  # a full disk costs the log file, not a traceback for each line of it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
     sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
     try:
         main()
-    except (InputError, HydraException, OmegaConfBaseException) as error:
+    except (InputError, RunStopped, HydraException, OmegaConfBaseException) as error:
         refuse(error)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is None:
+            raise
+        refuse(InputError(f"cannot write {error.filename}: {error.strerror}; choose another folder"))
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Print what is wrong with the input, in one line, and exit with code 2."""
+    """Print what is wrong in one line, and exit with code 2, or 1 where it came up under way."""
     print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
-    raise SystemExit(BAD_INPUT)
+    raise SystemExit(STOPPED if isinstance(error, RunStopped) else BAD_INPUT)
 
 
 @contextmanager
@@ -58,6 +68,10 @@ def job() -> Iterator[Path]:
             with suppress(OSError):  # raised where a folder holds something
                 folder.rmdir()
                 folder.parent.rmdir()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        refuse(error)
+    except RunStopped as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         refuse(error)
@@ -91,7 +105,7 @@ def _one_line(error: Exception) -> str:
             text = f"{cause.full_key}: {_first_line(str(cause))}"
         case _:
             text = str(cause)
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def _first_line(text: str) -> str:

@@ -1,4 +1,7 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and words for it."""
+"""What is not a fault of the program's, and words for it: one line that says what is wrong and what to do about it.
+
+The command line prints that line without a traceback; every other exception is a bug of ours and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Bad input: one line that says what is wrong and what to do about it.
+    """Bad input, found before work begins. The exit code is 2."""
 
-    The command line prints it without a traceback and exits with code 2; every other exception is a bug of ours
-    and keeps its traceback.
+
+class RunStopped(RuntimeError):
+    """What ends a run under way: a full disk, no memory left, a loss that is no number, a process that died.
+
+    The exit code is 1, and what the run has kept stays good.
     """
 
 

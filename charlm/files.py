@@ -1,22 +1,77 @@
-"""Files that are whole or not there, and lines of JSON."""
+"""Files that are whole or not there, lines added whole, and lines of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from charlm.errors import RunStopped
 
 LOCK = ".lock"  # held by the process that works in a folder
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one go: whoever reads it finds the old text or the new, never half of one."""
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file in one go: whoever reads it finds the old content or the new, never half of one.
+
+    That holds when the program is killed at any moment, and when the machine loses its power: the new content is on
+    the disk before it takes the name.
+
+    Raises:
+        RunStopped: the disk is full, or the folder may not be written to. The old content stays.
+    """
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        with _stopping(path), beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        with _stopping(path):
+            os.replace(beside, path)
+            flush_folder(path.parent)
+    except RunStopped:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Add lines to a file: all of them or none.
+
+    Raises:
+        RunStopped: the disk is full, or the file may not be written to.
+    """
+    with _stopping(path), path.open("ab", buffering=0) as file:
+        size = file.tell()
+        content = text.encode()
+        try:
+            while content:  # what is written short is tried again, which says why
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names of a folder on the disk before going on."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+@contextmanager
+def _stopping(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f"cannot write {path}: {error.strerror}") from None
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

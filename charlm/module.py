@@ -68,7 +68,8 @@ class CharLM(L.LightningModule):
         self.vocabulary = Vocabulary(symbols)
         self.network = CharRNN(len(self.vocabulary), **model, regularization=regularization)
         self.carried: State | None = None  # the training state behind the last batch
-        self._recent_losses: list[Tensor] = []  # of the steps since someone last looked, each a scalar on the device
+        self._loss_sum = torch.zeros(())  # over the steps since someone last looked, a scalar on the device
+        self._steps = 0  # since then
         self._evaluated_state: State | None = None
         self._scores: dict[str, list[Tensor]] = {}
 
@@ -79,7 +80,8 @@ class CharLM(L.LightningModule):
         nats, state = self._score(batch, None if batch.fresh else self.carried)
         self.carried = _detached(state)
         loss = nats.mean()
-        self._recent_losses.append(loss.detach())
+        self._loss_sum = self._loss_sum + loss.detach()
+        self._steps += 1
         return self.network.regularizer.penalized(loss)
 
     def take_mean_loss(self) -> Tensor:
@@ -87,9 +89,17 @@ class CharLM(L.LightningModule):
 
         Whoever makes a number of it waits for the device: once an interval, not each step.
         """
-        mean = torch.stack(self._recent_losses).mean()
-        self._recent_losses.clear()
+        mean = self._loss_sum / self._steps
+        self._loss_sum, self._steps = torch.zeros_like(self._loss_sum), 0
         return mean
+
+    def losses_since_logged(self) -> tuple[float, int]:
+        """Return the sum of the losses that `take_mean_loss` would take, and of how many steps it is."""
+        return float(self._loss_sum), self._steps
+
+    def go_on_with_losses(self, loss_sum: float, steps: int) -> None:
+        """Take up what `losses_since_logged` returned before a run was interrupted."""
+        self._loss_sum, self._steps = torch.tensor(loss_sum, device=self.device), steps
 
     def _score(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         """Return the loss of each character (B, T), 0 where it does not count, and the state behind the last one."""

@@ -1,20 +1,22 @@
 """A run's folder: what it was told, how far it is, how it ended.
 
-config.yaml       every setting, resolved            checkpoints/best.ckpt   lowest val/loss
-metrics.csv       what was measured, by step         checkpoints/last.ckpt   to resume from
-samples.jsonl     text drawn while training          result.json             status, losses, what made them
-sampled/          text at other sampling settings    .lock                   held by the process that trains here
+config.yaml       every setting, resolved            checkpoints/best.ckpt       lowest val/loss
+metrics.csv       what was measured, by step         checkpoints/last.ckpt       to resume from
+samples.jsonl     text drawn while training          checkpoints/previous.ckpt   to resume from, were last damaged
+sampled/          text at other sampling settings    result.json                 status, losses, what made them
+.lock             held by the process that trains here
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from charlm.errors import InputError
+from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, write_whole
 from charlm.sampled import Sampled
+from charlm.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,9 @@ class Run:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
         self.config = config
-        self.checkpoints = folder / "checkpoints"
+        self.best_checkpoint = folder / "checkpoints" / "best.ckpt"
+        self.last_checkpoint = folder / "checkpoints" / "last.ckpt"
+        self.previous_checkpoint = folder / "checkpoints" / "previous.ckpt"
         self.metrics = folder / "metrics.csv"
         self.samples = folder / "samples.jsonl"
         self.sampled = Sampled(folder)
@@ -67,7 +71,8 @@ class Run:
         return told
 
     def _refuse_another(self) -> None:
-        differing = sorted(_differences(_of_training(self.told), _of_training(self.config)))
+        different = _differences(self.told, self.config)
+        differing = sorted(line for line in different if not line.startswith(_OF_NO_ACCOUNT))
         if differing:
             raise InputError(
                 f"{self.folder} holds a run of another configuration ({'; '.join(differing[:3])}); choose another "
@@ -83,57 +88,89 @@ class Run:
         return result
 
     @property
-    def last_checkpoint(self) -> Path | None:
-        """Where to resume from."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.exists() else None
+    def begun(self) -> bool:
+        """Whether the folder is there and says what the run was told."""
+        return self._config_file.exists()
 
     @property
     def completed(self) -> bool:
         """Whether there is nothing left to do."""
         return self.result.get("status") == "completed"
 
-    def keep_rows_to(self, step: int) -> None:
-        """Drop the metrics and samples behind `step`: a run that resumes there writes them again."""
-        if self.metrics.exists():
-            header, *rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_whole(self.metrics, "".join([header, *(row for row in rows if int(row.split(",", 1)[0]) <= step)]))
-        if self.samples.exists():
-            rows = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_whole(self.samples, "".join(row for row in rows if json.loads(row)["step"] <= step))
+    def written(self) -> dict[str, int]:
+        """Return how many bytes of metrics and samples there are, once they are on the disk."""
+        sizes = {}
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = file.seek(0, os.SEEK_END)
+        return sizes
 
     @property
     def last_step(self) -> int:
         """How many optimizer steps the training took."""
         return int(self.metrics.read_text(encoding="utf-8").splitlines()[-1].split(",", 1)[0])
 
-    @rank_zero_only
-    def begin(self) -> None:
-        """Make the folder and write what the run was told. Where another process trains in it, wait for its end.
+    def begin(self, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
+        """Write what the run was told, and keep of its rows those that its checkpoint knows: the others come again.
+
+        Args:
+            checkpoint: what it goes on from.
+            content: what that holds.
+
+        Returns:
+            The checkpoint.
 
         Raises:
-            InputError: the folder holds a run of another configuration by then.
+            InputError: the folder cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            log.info(f"another process trains in {self.folder}; waiting for its end")
-            self._lock.acquire()
-            self._refuse_another()
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        write_whole(self._config_file, text)
+        if _on_first_rank():
+            written = content.get("written", {})
+            with _refusing():
+                for path in self.folder.rglob("*.part"):  # of a program that was killed while writing
+                    path.unlink()
+                self.last_checkpoint.parent.mkdir(exist_ok=True)
+                write_whole(self._config_file, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+                for path in (self.metrics, self.samples):
+                    if path.name not in written:
+                        path.unlink(missing_ok=True)
+                    elif path.exists() and path.stat().st_size > written[path.name]:
+                        os.truncate(path, written[path.name])
+        return checkpoint
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Write down how the run ended where it did not complete, and end with a signal's usual exit code."""
+    def claimed(self) -> Iterator[None]:
+        """Have the folder for this process, and write down how the run ended where it did not complete.
+
+        Where another process trains in it, wait for its end.
+
+        Raises:
+            InputError: the folder cannot be written to, or holds a run of another configuration by then.
+        """
+        if _on_first_rank():
+            with _refusing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._lock.acquire(blocking=False)
+                except Timeout:
+                    log.info(f"another process trains in {self.folder}; waiting for its end")
+                    self._lock.acquire()
+            self._refuse_another()
         try:
             yield
-        except (KeyboardInterrupt, SystemExit) as error:
-            self._end("interrupted")
-            log.error(f"interrupted; the same command with hydra.run.dir={self.folder} goes on; {self._kept}")
-            code = 143 if isinstance(error, SIGTERMException) else 130  # 128 + the signal's number
-            raise SystemExit(code) from None
+        except Interrupted as interrupted:
+            self._end("interrupted", signal=interrupted.signal.name)
+            log.error(
+                f"interrupted by {interrupted.signal.name}; the same command with hydra.run.dir={self.folder} goes on; "
+                f"{self._kept}"
+            )
+            raise
+        except InputError:
+            raise
+        except RunStopped as error:
+            self._end("failed", error=str(error))
+            raise RunStopped(f"{error}; {self._kept}") from None
         except Exception as error:
             self._end("failed", error=f"{type(error).__name__}: {error}")
             log.error(f"failed; {self._kept}")
@@ -147,8 +184,12 @@ class Run:
 
     @property
     def _kept(self) -> str:
-        path = self.last_checkpoint
-        return f"the last good checkpoint is {path}" if path else "it had not come to a checkpoint yet"
+        there = [path for path in (self.last_checkpoint, self.previous_checkpoint) if path.exists()]
+        return f"the last good checkpoint is {there[0]}" if there else "it had not come to a checkpoint yet"
+
+    def stopped(self, why: str) -> None:
+        """Write down that something from outside ended the run, from a thread beside it."""
+        self._end("failed", error=why)
 
     @rank_zero_only
     def _end(self, status: str, **figures: Any) -> None:
@@ -160,7 +201,12 @@ class Run:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
         }
-        write_whole(self._result_file, json.dumps(result, indent=2) + "\n")
+        content = json.dumps(result, indent=2) + "\n"
+        if status == "completed":
+            write_whole(self._result_file, content)
+        else:
+            with suppress(RunStopped):  # what stopped the run, such as a full disk, may keep this from being written
+                write_whole(self._result_file, content)
 
 
 def newest_completed(runs: Path) -> Path | None:
@@ -176,8 +222,25 @@ def newest_completed(runs: Path) -> Path | None:
     return max(completed)[1] if completed else None
 
 
-def _of_training(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "sampling"}
+# What a run may go on with otherwise than it began: on what machine, where its curves go, what it samples.
+_OF_NO_ACCOUNT = (
+    *(f"trainer.{name}:" for name in ("accelerator", "devices", "num_nodes", "strategy", "capture")),
+    *("trainer.enable_progress_bar:", "data.cache_dir:", "logger.", "sampling."),
+)
+
+
+def _on_first_rank() -> bool:
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.run.dir") from None
+    except RunStopped as error:
+        raise InputError(f"{error}; choose another folder with hydra.run.dir") from None
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

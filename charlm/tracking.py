@@ -6,6 +6,7 @@ Weights & Biases never asks and never hangs: charlm decides whether it is online
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import netrc
 import os
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, WandbConfig
+from charlm.files import append_whole
 from charlm.metrics import bits
 from charlm.results import read_results, table
 from charlm.run import Run
@@ -66,12 +68,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow({"step": step, **metrics})
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self.COLUMNS)
+        if not self.path.exists() or not self.path.stat().st_size:
+            writer.writeheader()
+        writer.writerow({"step": step, **metrics})
+        append_whole(self.path, lines.getvalue())
 
 
 class WandbTracker(WandbLogger):

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from charlm.checkpoint import WholeCheckpoints
 from charlm.corpus import SPLITS
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
@@ -32,12 +33,18 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
     Raises:
         InputError: Lightning refuses the combination, or the machine has no such device.
     """
+    arguments = dict(arguments)
     try:
         # Our windows are dealt to the ranks as they are made; Lightning's sampler would deal text out letter by letter.
-        return L.Trainer(**arguments, **ours, logger=False, use_distributed_sampler=False)
+        plugins = [*_listed(arguments.pop("plugins", None)), WholeCheckpoints()]
+        return L.Trainer(**arguments, **ours, plugins=plugins, logger=False, use_distributed_sampler=False)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, AssertionError) as error:
         given = ", ".join(f"trainer.{name}={value}" for name, value in arguments.items() if name in _OF_THE_MACHINE)
         raise InputError(f"{' '.join(str(error).split())} (asked for: {given})") from None
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")

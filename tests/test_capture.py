@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from charlm import capture
-from charlm.callbacks import ExactResume, FinalValidation, TrainingLog
+from charlm.callbacks import FinalValidation, TrainingLog
 from charlm.capture import CapturedCharLM, captures
 from charlm.config import TextConfig
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
 from charlm.module import OPTIMIZERS, CharLM
+from charlm.resume import ExactResume
 from charlm.run import Run
 from charlm.trainer import build_trainer
 from charlm.windows import Batch, Starts, gather

@@ -56,7 +56,7 @@ def test_a_run_keeps_what_it_was_told_and_what_it_came_to(run: Path) -> None:
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names == {
         *(".lock", "config.yaml", "metrics.csv", "samples.jsonl", "result.json"),
-        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"),
     }
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["hidden_size"] == 16
     assert result(run)["status"] == "completed"

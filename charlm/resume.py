@@ -1,0 +1,259 @@
+"""Exact resume: what a checkpoint holds so that a run goes on as if it had never stopped, when one is written, and
+which one to go on from.
+
+    last.ckpt        behind the last validation, or behind the step in which a signal came
+    previous.ckpt    the one before; used where the last is damaged
+    best.ckpt        the one of the lowest val/loss: the same file as the last was then
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from charlm.checkpoint import read_checkpoint
+from charlm.errors import InputError, RunStopped
+from charlm.files import flush_folder
+from charlm.module import CharLM
+from charlm.network import State
+from charlm.run import Run
+from charlm.signals import Interrupted, Signals
+
+log = logging.getLogger(__name__)
+
+
+def find_resumable(run: Run, model: CharLM) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest checkpoint that a run can go on from and what it holds; None and {} where there is none yet.
+
+    Raises:
+        InputError: there are some, but none that can be used.
+    """
+    refused = []
+    for path in (run.last_checkpoint, run.previous_checkpoint):
+        if not path.exists():
+            continue
+        try:
+            content = read_checkpoint(path)
+            _check_origin(path, content, model)
+        except InputError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            log.warning(f"{reason}; going on from {path.name}, the one before")
+        return path, content
+    if refused:
+        raise InputError(
+            f"{run.folder} cannot be gone on with: {'; '.join(refused)}; to train anew, choose another folder"
+        )
+    return None, {}
+
+
+def _check_origin(path: Path, content: dict[str, Any], model: CharLM) -> None:
+    lacking = {"loops", "optimizer_states", "lr_schedulers", "ranks", "written", "best"} - content.keys()
+    if lacking:
+        raise InputError(f"{path} holds weights, but not the state of a run ({', '.join(sorted(lacking))})")
+    for key in ("symbols", "model", "optimizer", "regularization"):
+        if content["hyper_parameters"].get(key) != model.hparams[key]:
+            raise InputError(f"{path} is of another run: its {key} differs")
+
+
+class ExactResume(Callback):
+    """Keeps what Lightning does not: every rank's random state, carried hidden state and losses not logged yet, whether
+    the run was to stop, and how long its files were.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ranks: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, CharLM)
+        mine: dict[str, Any] = {
+            "random": torch.get_rng_state(),
+            "carried": _moved(pl_module.carried, "cpu"),
+            "losses": pl_module.losses_since_logged(),
+        }
+        if pl_module.device.type == "cuda":
+            mine["random_cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        if trainer.fit_loop._should_accumulate():
+            mine["gradients"] = [None if p.grad is None else p.grad.cpu() for p in pl_module.parameters()]
+        ranks: list[Any] = [mine]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        checkpoint["ranks"] = ranks
+        # Of the steps that were asked for Lightning sees itself that they are done.
+        checkpoint["stopping"] = trainer.should_stop and not 0 < trainer.max_steps <= trainer.global_step
+        checkpoint["written"] = self._run.written()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            path = Path(str(trainer.ckpt_path))
+            mine = self._run.begun, path.name, path.stat().st_size if path.exists() else 0
+            ranks: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+            strangers = [rank for rank, seen in enumerate(ranks) if seen != ranks[0]]
+            if strangers:
+                raise RunStopped(
+                    f"rank {strangers[0]} does not see {self._run.folder} as rank 0 does; it must be on a file system "
+                    "that all hosts share"
+                )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._ranks = checkpoint["ranks"]
+            trainer.should_stop = checkpoint["stopping"]  # then only the test is left to do
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, CharLM)
+        if len(self._ranks) != trainer.world_size:
+            # A fresh run, or one that goes on with another number of devices: each rank draws its own dropout.
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+            return
+        mine = self._ranks[trainer.global_rank]
+        torch.set_rng_state(mine["random"])
+        if "random_cuda" in mine and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["random_cuda"], pl_module.device)
+        pl_module.carried = _moved(mine["carried"], pl_module.device)
+        pl_module.go_on_with_losses(*mine["losses"])
+        for parameter, gradient in zip(pl_module.parameters(), mine.get("gradients", ()), strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt behind each validation, and where a signal came; keeps the one before, and the best.
+
+    best.ckpt is a second name of last.ckpt's file, given once that is written: whatever the moment in which a run is
+    killed, one of the two says all.
+    """
+
+    def __init__(self, run: Run, signals: Signals) -> None:
+        self._run = run
+        self._signals = signals
+        self.best_loss = math.inf
+        self._best_step: int | None = None
+        self._saved_step: int | None = None
+
+    @property
+    def best_path(self) -> Path | None:
+        """Where the best checkpoint is."""
+        return self._run.best_checkpoint if self._best_step is not None else None
+
+    # --- when -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.listen()  # Lightning has put a handler of its own in the way
+        # Which has the ranks wait for one another in each step, to agree as `Signals` does without waiting.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self._signals.deferred = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        number = self._signals.agreed(trainer.world_size)
+        if number and not self._validation_is_due(trainer):  # behind that, else
+            self._save(trainer)
+            raise Interrupted(number)
+
+    @staticmethod
+    def _validation_is_due(trainer: L.Trainer) -> bool:
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        if loss < self.best_loss:
+            self.best_loss, self._best_step = loss, trainer.global_step
+        self._save(trainer)
+        if number := self._signals.agreed(trainer.world_size, now=True):
+            raise Interrupted(number)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._saved_step != trainer.global_step:  # where nothing was validated
+            self._best_step = self._best_step if self._best_step is not None else trainer.global_step
+            self._save(trainer)
+        self._signals.deferred = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._signals.deferred = False
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.listen()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.listen()
+
+    # --- how --------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["best"] = {"loss": self.best_loss, "step": self._best_step}
+        for name, value in checkpoint["state_dict"].items():
+            if not bool(torch.isfinite(value).all()):
+                raise RunStopped(f"{name} is no longer finite at step {trainer.global_step:,}, so it is not kept")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._saved_step = checkpoint["global_step"]
+        self.best_loss, self._best_step = checkpoint["best"]["loss"], checkpoint["best"]["step"]
+        if trainer.is_global_zero and self._best_step is not None:
+            if self._best_step == self._saved_step:
+                keep_as_best(self._run, Path(str(trainer.ckpt_path)))
+            else:
+                self._trust_best()
+
+    def _trust_best(self) -> None:
+        """Believe best.ckpt, which may be of a later validation than the checkpoint that the run goes on from."""
+        try:
+            best = read_checkpoint(self._run.best_checkpoint)["best"]
+            self.best_loss, self._best_step = best["loss"], best["step"]
+        except (InputError, KeyError) as error:
+            log.warning(f"{error}; the best from here on counts")
+            self.best_loss, self._best_step = math.inf, None
+
+    def _save(self, trainer: L.Trainer) -> None:
+        last, previous = self._run.last_checkpoint, self._run.previous_checkpoint
+        fresh = last.with_name("next.ckpt")
+        trainer.save_checkpoint(fresh)
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            if last.exists():
+                os.replace(last, previous)
+            os.replace(fresh, last)
+            flush_folder(last.parent)
+            if self._best_step == trainer.global_step:
+                keep_as_best(self._run, last)
+        trainer.strategy.barrier()
+
+
+def keep_as_best(run: Run, checkpoint: Path) -> None:
+    """Give the file of `checkpoint` the name of best.ckpt too."""
+    if run.best_checkpoint.exists() and os.path.samefile(run.best_checkpoint, checkpoint):
+        return
+    beside = run.best_checkpoint.with_name("best.ckpt.part")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, beside)
+    except OSError:  # a file system where a file has one name
+        shutil.copyfile(checkpoint, beside)
+    os.replace(beside, run.best_checkpoint)
+    flush_folder(beside.parent)
+
+
+def _moved(state: State | None, device: torch.device | str) -> State | None:
+    if isinstance(state, Tensor) or state is None:
+        return None if state is None else state.to(device)
+    return state[0].to(device), state[1].to(device)
