@@ -118,7 +118,7 @@ class WandbTracker(WandbLogger):
                 "result/seconds": end["seconds"],
             }
         )
-        best = run.checkpoints / "best.ckpt"
+        best = run.best_checkpoint
         if with_model and best.exists() and self.online:
             artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata=end)
             artifact.add_file(str(best))
