@@ -90,14 +90,17 @@ def train(config: TrainConfig, folder: Path) -> float:
         if run.completed:  # by the process that it waited for
             return write_again(config, run)
         checkpoint = run.begin(*find_resumable(run, model))
-        # Log lines come above the progress bar, not through it.
-        with tracked(trainer, config, run), watched(trainer, run.stopped), logging_redirect_tqdm():
-            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
-            judge = trainer.test if data.corpus.characters("test") else trainer.validate
-            judge(model, data, callbacks.checkpoints.best_path, verbose=False, weights_only=True)
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        figures["val/loss"] = callbacks.checkpoints.best_loss
-        run.complete({**figures, "hidden_size": sizes["hidden_size"], "parameters": model.network.size})
+        with tracked(trainer, config, run):
+            # Log lines come above the progress bar, not through it.
+            with watched(trainer, run.stopped), logging_redirect_tqdm():
+                trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+                judge = trainer.test if data.corpus.characters("test") else trainer.validate
+                judge(model, data, callbacks.checkpoints.best_path, verbose=False, weights_only=True)
+            figures = {
+                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
+            }
+            figures["val/loss"] = callbacks.checkpoints.best_loss
+            run.complete({**figures, "hidden_size": sizes["hidden_size"], "parameters": model.network.size})
     log.info(describe_result(figures))
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
     return figures["val/loss"]
