@@ -13,50 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from charlm import decode_cpu, decode_exact
 from charlm.config import SamplingConfig
 from charlm.errors import InputError
-from charlm.network import CharRNN, State
+from charlm.network import CharRNN
 from charlm.vocabulary import UNKNOWN, Vocabulary
-
-
-def draw(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Choose the next character of each sample.
-
-    Temperature divides the logits before the softmax; 0 takes the largest, infinity makes all equally likely. Top-k
-    (Fan et al., "Hierarchical neural story generation", 2018) keeps the k likeliest; top-p (Holtzman et al., "The
-    curious case of neural text degeneration", 2020) the fewest whose probabilities at this temperature sum to p.
-
-    Args:
-        logits: shape (B, V); minus infinity rules a character out.
-        temperature: of each sample, shape (B,).
-        uniform: random numbers in [0, 1), shape (B,); the choice is the inverse of the cumulative distribution there.
-        top_k: None keeps all.
-        top_p: None keeps all.
-
-    Returns:
-        Ids, shape (B,).
-    """
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    logits = logits.to(exact)
-    if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    # From the largest down, so that a tiny temperature sends the others to minus infinity and none to plus infinity.
-    scaled = (logits - logits.amax(dim=1, keepdim=True)) / temperature.to(logits)[:, None]
-    scaled = scaled.masked_fill(logits == -torch.inf, -torch.inf)  # -inf / inf is not a number
-    probabilities = scaled.softmax(dim=1)  # (B, V)
-    if top_p is not None:
-        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-        surplus = ordered.cumsum(dim=1) - ordered >= top_p  # where those before already suffice
-        probabilities = probabilities.masked_fill(surplus.gather(1, order.argsort(dim=1)), 0.0)
-    cumulative = probabilities.cumsum(dim=1)
-    target = uniform.to(logits)[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # never one of probability 0
-    # Rounding can send the target up to the very end, behind the last that has a probability.
-    last = (probabilities > 0).long().mul(torch.arange(logits.shape[1], device=logits.device)).amax(dim=1)
-    return torch.where(temperature.to(logits) == 0, logits.argmax(dim=1), torch.minimum(ids, last))
 
 
 def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -> list[int]:
@@ -110,7 +71,9 @@ def next_character_entropy(network: CharRNN, ids: Tensor) -> Tensor:
 class Sampler:
     """Draws texts from a network.
 
-    The same seed gives the same text, whatever else is drawn beside it: each sample has random numbers of its own.
+    The same seed gives the same text on the same device, whatever is drawn beside it and in whatever portions: each
+    sample has random numbers of its own, and its scores come out the same to the last bit (charlm/decode_cpu.py and
+    charlm/decode_exact.py say how). On another device a score may differ in its last bits, and a text fork.
     """
 
     network: CharRNN
@@ -130,24 +93,12 @@ class Sampler:
             temperatures: of each sample.
             seeds: of each sample; (seed, sample number).
         """
-        device = self.network.output.weight.device
-        samples = len(temperatures)
-        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
         # Random numbers of each sample's own, other ones at another temperature.
         keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
-        uniform = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
-        uniforms = torch.from_numpy(uniform).to(device)  # (length, B)
-        training = self.network.training
-        self.network.eval()
-        try:
-            logits, state = self._prime(self._begin(prompt), samples, device)
-            for i in range(length):
-                with torch.inference_mode():
-                    ids = draw(logits, temperature, uniforms[i], self.top_k, self.top_p)
-                    yield ids.tolist()
-                    logits, state = self._step(ids[:, None], state)
-        finally:
-            self.network.train(training)
+        uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
+        decode = decode_cpu.decode if decode_cpu.serves(self.network) else decode_exact.decode
+        if length:
+            yield from decode(self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p)
 
     def grow(
         self,
@@ -162,13 +113,18 @@ class Sampler:
         A text ends at its first `<eos>`, which is not shown, or behind its first `stop`, which is. Once all have ended,
         nothing more is drawn. The arguments are those of `stream`.
         """
+        symbols, end_id = self.vocabulary.symbols, self.vocabulary.end_id
+        ids_of_all = self.stream(prompt, length, temperatures, seeds)
+        if end_id is None and stop is None:
+            yield from ([symbols[i] for i in ids] for ids in ids_of_all)
+            return
         ended = [False] * len(temperatures)
         tails = [""] * len(temperatures)
-        for ids in self.stream(prompt, length, temperatures, seeds):
+        for ids in ids_of_all:
             pieces = []
             for sample, i in enumerate(ids):
-                ended[sample] = ended[sample] or i == self.vocabulary.end_id
-                pieces.append("" if ended[sample] else self.vocabulary.symbols[i])
+                ended[sample] = ended[sample] or i == end_id
+                pieces.append("" if ended[sample] else symbols[i])
                 if stop is not None and not ended[sample]:
                     tails[sample] = (tails[sample] + pieces[-1])[-len(stop) :]
                     ended[sample] = tails[sample] == stop
@@ -180,10 +136,8 @@ class Sampler:
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
     ) -> list[str]:
         """Return the whole texts that `grow` draws."""
-        texts = [""] * len(temperatures)
-        for pieces in self.grow(prompt, length, temperatures, seeds):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        return texts
+        rows = list(self.grow(prompt, length, temperatures, seeds))
+        return ["".join(pieces) for pieces in zip(*rows, strict=True)] if rows else [""] * len(temperatures)
 
     def _begin(self, prompt: Sequence[int]) -> Sequence[int]:
         if prompt:
@@ -192,23 +146,6 @@ class Sampler:
         if self.vocabulary.end_id is not None:
             return [self.vocabulary.end_id]
         return [newline] if newline != self.vocabulary.unknown_id else []
-
-    @torch.inference_mode()
-    def _prime(self, prompt: Sequence[int], samples: int, device: torch.device) -> tuple[Tensor, State | None]:
-        if not prompt:
-            return self._ruled_out(torch.zeros(samples, len(self.vocabulary), device=device)), None
-        logits, state = self._step(torch.tensor([prompt], device=device), None)
-        repeated = tuple(part.repeat(1, samples, 1) for part in (state if isinstance(state, tuple) else (state,)))
-        return logits.repeat(samples, 1), repeated if len(repeated) == 2 else repeated[0]
-
-    def _step(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Read ids (B, T) and return the logits behind the last one, (B, V)."""
-        logits, state = self.network(ids, state)
-        return self._ruled_out(logits[:, -1]), state
-
-    def _ruled_out(self, logits: Tensor) -> Tensor:
-        logits[:, self.vocabulary.unknown_id] = -torch.inf  # stands for no character that could be written
-        return logits
 
 
 def sample_rows(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from charlm.errors import InputError
 
 UNKNOWN = "<unk>"  # stands for every character that the training split lacks; it is never generated
+FIRST_WRITTEN = 1  # the ids from here on, all but that of `<unk>`
 END = "<eos>"  # ends a document
 END_CODE = sys.maxunicode + 1  # where an array of code points needs a place for it
 

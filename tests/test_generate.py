@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from charlm.draw import draw
 from charlm.errors import InputError
-from charlm.generate import Sampler, draw, next_character_entropy, prompt_ids
+from charlm.generate import Sampler, next_character_entropy, prompt_ids
 from charlm.network import CharRNN
 from charlm.vocabulary import END, UNKNOWN, Vocabulary
 

@@ -1,0 +1,256 @@
+"""From character to character in exact sums; on CUDA many characters at a time, as one graph.
+
+What a text is does not depend on what is drawn beside it. But a GPU's libraries choose a kernel, and with it the order
+of summation, by the number of rows. So no sum of products is rounded here. The state is at most 1 and in units of
+2^-24; the weights are in units of a power of two, fine enough to change nothing, and coarse enough that every partial
+sum is a whole number of its units below 2^53. Those float64 holds exactly, in whatever order they are added. All else
+goes element by element, or, in the draw, along a row.
+
+Where there is no float64 (MPS), sums are rounded as elsewhere, and texts agree as far as the kernels do.
+
+Legend: B samples, K characters at a time, V vocabulary, H hidden, G gates (4H in an LSTM, 3H in a GRU, H else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from charlm.draw import draw_prepared, prepared
+from charlm.network import CharRNN
+from charlm.vocabulary import FIRST_WRITTEN
+
+AT_A_TIME = {"cuda": 32}  # characters in a graph; starting it costs little beside them, and a reader sees no pause
+
+STATE_BITS = 24
+# Numbers of this size have units of 2^-STATE_BITS in float64: to add it rounds to them, to take it away is exact.
+ROUNDER = 1.5 * 2.0 ** (52 - STATE_BITS)
+
+
+def decode(
+    network: CharRNN,
+    prompt: Sequence[int],
+    temperatures: Sequence[float],
+    uniforms: npt.NDArray[np.float32],
+    top_k: int | None,
+    top_p: float | None,
+) -> Iterator[list[int]]:
+    """Yield the next id of each sample, a row of `uniforms` for each; see `charlm.generate.Sampler.stream`."""
+    device = network.output.weight.device
+    weights = Weights(network)
+    most = AT_A_TIME.get(device.type, 1)
+    length, samples = uniforms.shape
+
+    # The prompt, as one text.
+    alone = Steps(weights, 1)
+    ids = torch.tensor(prompt, dtype=torch.int64, device=device)[:, None]  # (characters, 1)
+    place = torch.zeros(most, 1, dtype=torch.int64, device=device)
+    whole = len(prompt) // most * most
+
+    def read() -> None:
+        for k in range(most):
+            alone.read(weights.table.index_select(0, place[k]))
+        alone.settle()
+
+    if whole:
+        replay = _recorded(read, alone)
+        for part in torch.split(ids[:whole], most):
+            place.copy_(part)
+            replay()
+    for i in ids[whole:]:
+        alone.read(weights.table.index_select(0, i))
+
+    # What goes on from there.
+    steps = Steps(weights, samples)
+    steps.begin_as(alone)
+    temperature, uniform = (
+        part.to(device, weights.dtype)
+        for part in prepared(torch.tensor(temperatures, dtype=torch.float64), torch.from_numpy(uniforms))
+    )
+    most = min(most, length)
+    given = torch.zeros(most, samples, dtype=weights.dtype, device=device)
+    drawn = torch.zeros(most, samples, dtype=torch.int64, device=device)
+    written = weights.table[FIRST_WRITTEN:]
+
+    def write() -> None:
+        for k in range(most):
+            draw_prepared(steps.logits, temperature, given[k], top_k, top_p, out=drawn[k])
+            steps.read(written.index_select(0, drawn[k]))
+        steps.settle()
+
+    replay = _recorded(write, steps)
+    before: Callable[[], list[list[int]]] = list
+    for part in torch.split(uniform, most):
+        given[: len(part)].copy_(part)
+        replay()
+        after = _on_its_way(drawn[: len(part)] + FIRST_WRITTEN)
+        yield from before()  # while the device goes on
+        before = after
+    yield from before()
+
+
+def _on_its_way(ids: Tensor) -> Callable[[], list[list[int]]]:
+    """Start to copy ids to the host and return what waits for them, and for nothing that the device is told after."""
+    there = ids.to("cpu", non_blocking=True)
+    if ids.is_cuda:
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+
+    def arrived() -> list[list[int]]:
+        if ids.is_cuda:
+            copied.synchronize()
+        rows: list[list[int]] = there.tolist()
+        return rows
+
+    return arrived
+
+
+def _recorded(run: Callable[[], None], steps: Steps) -> Callable[[], None]:
+    """Return what does as `run` does: on CUDA the replay of its graph. The steps' state is left as it was."""
+    device = steps.logits.device
+    if device.type != "cuda":
+        return run
+    before = [place.clone() for place in steps.places]
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries load their kernels and take their memory in the first run
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    for place, value in zip(steps.places, before, strict=True):
+        place.copy_(value)
+    return graph.replay
+
+
+class Weights:
+    """A network's weights as the steps read them: float64, in units that keep sums of products exact.
+
+    Attributes:
+        table: the input gates of the first layer by character, without bias, shape (V, G).
+        inputs: (H, G) of each layer but the first, which has the table.
+        hidden: (H, G) of each layer.
+        biases: of each layer, (G,) beside the input and (G,) beside the state.
+        output: (H, V - 1) and (V - 1,), of the characters that can be written.
+    """
+
+    def __init__(self, network: CharRNN) -> None:
+        rnn, output = network.rnn, network.output
+        self.dtype = torch.float32 if output.weight.device.type == "mps" else torch.float64
+        self.hidden_size, self.cell = rnn.hidden_size, _CELLS[type(rnn)]
+        self.remembers = isinstance(rnn, nn.LSTM)  # a cell state beside the hidden one
+
+        def parameter(name: str, layer: int) -> Tensor:
+            value: Tensor = getattr(rnn, f"{name}_l{layer}").detach()
+            return value.to(self.dtype)
+
+        symbols = network.one_hot if network.embedding is None else network.embedding.weight.detach()  # (V, I)
+        self.table = symbols.to(self.dtype) @ parameter("weight_ih", 0).T
+        layers = range(rnn.num_layers)
+        self.inputs = [in_units(parameter("weight_ih", i).T)[0] for i in layers[1:]]
+        self.hidden = [in_units(parameter("weight_hh", i).T)[0] for i in layers]
+        self.biases = [(parameter("bias_ih", i), parameter("bias_hh", i)) for i in layers]
+        weight, bias = (part.detach()[FIRST_WRITTEN:].to(self.dtype) for part in (output.weight, output.bias))
+        self.output = in_units(weight.T, bias)
+
+
+def in_units(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round float64 weights, shape (in, out), and a bias (out,) so that a state times them is exact in any order.
+
+    The state's units are 2^-STATE_BITS, theirs are 2^-bits, so sums are of units 2^-(STATE_BITS + bits), and as the
+    state is at most 1, no partial sum exceeds what the column's absolute values sum to.
+    """
+    bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
+    if weight.dtype == torch.float64:
+        largest = weight.abs().sum(dim=0) + bias.abs()  # (out,)
+        # One bit of the 53 to spare, since to round may add a little.
+        scale = 2.0 ** (52 - STATE_BITS - largest.frexp().exponent).to(weight.dtype)
+        weight, bias = (part.mul(scale).round().div(scale) for part in (weight, bias))
+    return weight.contiguous(), bias
+
+
+class Steps:
+    """The layers, which read one character of each of B texts at a time.
+
+    Attributes:
+        logits: the scores of the characters behind those read, from `FIRST_WRITTEN` on, shape (B, V - 1).
+    """
+
+    def __init__(self, weights: Weights, samples: int) -> None:
+        self._weights = weights
+        zeros = weights.table.new_zeros
+        self.logits = zeros(samples, weights.output[0].shape[1])
+        self._hidden = [zeros(samples, weights.hidden_size) for _ in weights.hidden]
+        self._cell_places = [zeros(samples, weights.hidden_size) for _ in weights.hidden if weights.remembers]
+        self._cells = list(self._cell_places)
+
+    @property
+    def places(self) -> list[Tensor]:
+        """Where the state lies between two runs, and the logits."""
+        return [*self._hidden, *self._cell_places, self.logits]
+
+    def begin_as(self, other: Steps) -> None:
+        """Continue from the one text that `other` has read."""
+        other.settle()
+        for mine, its in zip(self.places, other.places, strict=True):
+            mine.copy_(its)
+
+    def settle(self) -> None:
+        """Bring all of the state to its place, from where a graph's next run reads it."""
+        for place, value in zip(self._cell_places, self._cells, strict=True):
+            place.copy_(value)
+        self._cells = list(self._cell_places)
+
+    def read(self, gates: Tensor) -> None:
+        """Read a character of each text, given by the first layer's input gates, shape (B, G)."""
+        weights = self._weights
+        for layer, hidden in enumerate(self._hidden):
+            if layer:
+                gates = self._hidden[layer - 1] @ weights.inputs[layer - 1]
+            cell = self._cells[layer] if weights.remembers else None
+            new, cell = weights.cell(gates, hidden @ weights.hidden[layer], hidden, cell, *weights.biases[layer])
+            if cell is not None:
+                self._cells[layer] = cell
+            if new.dtype == torch.float64:
+                torch.sub(new + ROUNDER, ROUNDER, out=hidden)
+            else:
+                hidden.copy_(new)
+        weight, bias = weights.output
+        torch.addmm(bias, self._hidden[-1], weight, out=self.logits)
+
+
+# The cells, as torch's layers define them: x and y are the gates from below and from before, (B, G).
+
+
+def _lstm(x: Tensor, y: Tensor, h: Tensor, c: Tensor, b_x: Tensor, b_y: Tensor) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:  # one kernel, as in torch.nn.LSTMCell
+        h, c, _ = torch.ops.aten._thnn_fused_lstm_cell(x, y, c, b_x, b_y)
+        return h, c
+    i, f, g, o = (x + y + (b_x + b_y)).chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(x: Tensor, y: Tensor, h: Tensor, _: None, b_x: Tensor, b_y: Tensor) -> tuple[Tensor, None]:
+    if x.is_cuda:
+        return torch.ops.aten._thnn_fused_gru_cell(x, y, h, b_x, b_y)[0], None
+    (r_x, z_x, n_x), (r_y, z_y, n_y) = (x + b_x).chunk(3, dim=1), (y + b_y).chunk(3, dim=1)
+    n = (n_x + (r_x + r_y).sigmoid() * n_y).tanh()
+    return n + (z_x + z_y).sigmoid() * (h - n), None
+
+
+def _rnn(x: Tensor, y: Tensor, h: Tensor, _: None, b_x: Tensor, b_y: Tensor) -> tuple[Tensor, None]:
+    return (x + y + (b_x + b_y)).tanh(), None
+
+
+_CELLS: dict[type[nn.Module], Callable[..., tuple[Tensor, Tensor | None]]] = {
+    nn.LSTM: _lstm,
+    nn.GRU: _gru,
+    nn.RNN: _rnn,
+}

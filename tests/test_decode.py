@@ -1,0 +1,218 @@
+"""The two ways from character to character score as the network does, and a text is its own whatever surrounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from charlm import decode_cpu, decode_exact
+from charlm.draw import Drawer, draw
+from charlm.generate import Sampler
+from charlm.network import CharRNN
+from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+cells = pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+WAYS = [
+    pytest.param(decode_cpu, "cpu", id="cpu"),
+    pytest.param(decode_exact, "cpu", id="exact"),
+    pytest.param(decode_exact, "cuda", id="graph", marks=cuda),
+]
+ways = pytest.mark.parametrize(("way", "device"), WAYS)
+SYMBOLS = [UNKNOWN, "\n", *(chr(code) for code in range(97, 157))]
+
+
+def network(cell: str = "lstm", size: int = 48, layers: int = 2, device: str = "cpu", **options: Any) -> CharRNN:
+    """Return a network whose state is far from 0 and from its bounds, as a trained one's."""
+    torch.manual_seed(1)
+    made = CharRNN(len(SYMBOLS), cell, size, layers, **options).to(device)
+    for parameter in made.parameters():
+        parameter.data.mul_(1.5)
+    return made.eval()
+
+
+def drawn(
+    way: ModuleType, made: CharRNN, samples: int, length: int, prompt: tuple[int, ...] = (3,), **options: Any
+) -> Any:
+    """Return ids, shape (length, samples), sample i with random numbers of its own and one of three temperatures."""
+    uniforms = np.stack([np.random.default_rng(i).random(length, dtype=np.float32) for i in range(samples)], axis=1)
+    temperatures = [(0.7, 1.0, 1.4)[i % 3] for i in range(samples)]
+    rules = {"top_k": None, "top_p": None, **options}
+    return np.array(list(way.decode(made, prompt, temperatures, uniforms, **rules)))
+
+
+@ways
+@cells
+@pytest.mark.parametrize(
+    ("layers", "options"), [(1, {}), (3, {}), (2, {"embedding_size": 20}), (2, {"tied": True})], ids=str
+)
+def test_steps_score_as_the_network_does(
+    cell: str, layers: int, options: dict[str, Any], way: ModuleType, device: str
+) -> None:
+    made = network(cell, 48, layers, device, **options)
+    ids = torch.randint(0, len(SYMBOLS), (3, 50), generator=torch.Generator().manual_seed(2))
+    scores = made(ids.to(device))[0][:, :, FIRST_WRITTEN:].detach().cpu()
+    weights = way.Weights(made)
+    steps = way.Steps(weights, 3)
+    for i in range(50):
+        steps.read(ids[:, i].numpy() if way is decode_cpu else weights.table[ids[:, i].to(device)])
+        assert torch.as_tensor(steps.logits).cpu().numpy() == pytest.approx(scores[:, i].numpy(), abs=2e-5)
+
+
+@ways
+@cells
+@pytest.mark.parametrize("size", [33, 128])
+def test_scores_are_the_same_to_the_last_bit_whatever_is_beside_them(
+    cell: str, size: int, way: ModuleType, device: str
+) -> None:
+    made = network(cell, size, device=device)
+    weights = way.Weights(made)
+    most = 130
+    ids = torch.randint(0, len(SYMBOLS), (40, most), generator=torch.Generator().manual_seed(2))
+
+    def scores(chosen: slice) -> torch.Tensor:
+        steps = way.Steps(weights, len(range(most)[chosen]))
+        rows = []
+        for row in ids[:, chosen]:
+            steps.read(row.numpy() if way is decode_cpu else weights.table[row.to(device)])
+            rows.append(torch.as_tensor(steps.logits).cpu().clone())
+        return torch.stack(rows)  # (characters, B, V - 1)
+
+    all_of_them = scores(slice(None))
+    for chosen in (
+        slice(0, 1),
+        slice(77, 78),
+        slice(129, 130),
+        slice(5, 7),
+        slice(60, 71),
+        slice(1, 66),
+        slice(2, 130),
+    ):
+        assert torch.equal(scores(chosen), all_of_them[:, chosen])
+
+
+@ways
+@cells
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_a_text_is_its_own_whatever_is_drawn_beside_it(
+    cell: str, options: dict[str, Any], way: ModuleType, device: str
+) -> None:
+    made = network(cell, device=device)
+    together = drawn(way, made, 70, 90, **options)
+    for samples, length in ((1, 90), (1, 31), (2, 64), (3, 33), (20, 7), (65, 90)):
+        assert np.array_equal(drawn(way, made, samples, length, **options), together[:length, :samples])
+
+
+@ways
+def test_a_text_goes_on_from_its_prompt_to_the_last_bit(way: ModuleType, device: str) -> None:
+    made = network(device=device)
+    whole = drawn(way, made, 1, 200)[:, 0]
+    for cut in (1, 31, 32, 33, 150):
+        uniforms = np.random.default_rng(0).random(200, dtype=np.float32)[cut:, None]
+        rest = list(way.decode(made, (3, *whole[:cut]), [0.7], uniforms, None, None))
+        assert [i for (i,) in rest] == whole[cut:].tolist()
+
+
+@pytest.mark.parametrize("at_a_time", [2, 7, 32])
+def test_how_many_characters_a_graph_holds_changes_no_text(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network()
+    prompt = tuple(range(1, 20))
+    one_by_one = drawn(decode_exact, made, 3, 50, prompt)
+    monkeypatch.setitem(decode_exact.AT_A_TIME, "cpu", at_a_time)
+    assert np.array_equal(drawn(decode_exact, made, 3, 50, prompt), one_by_one)
+
+
+@cuda
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.8}], ids=str)
+def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(device="cuda")
+    graph = drawn(decode_exact, made, 5, 70, tuple(range(1, 50)), **options)
+    monkeypatch.setitem(decode_exact.AT_A_TIME, "cuda", 1)
+    monkeypatch.setattr(decode_exact, "_recorded", lambda run, steps: run)
+    assert np.array_equal(drawn(decode_exact, made, 5, 70, tuple(range(1, 50)), **options), graph)
+
+
+def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network()
+    assert decode_cpu.serves(made)  # of the libraries that charlm is tested with
+    monkeypatch.setattr(decode_cpu, "rows_agree", lambda *kind: False)
+    monkeypatch.setattr(decode_cpu, "decode", None)
+    text = Sampler(made, Vocabulary(SYMBOLS)).texts([3], 30, [0.8], [(1, 0)])
+    assert len(text[0]) == 30
+
+
+def test_what_agrees_is_tried_with_the_sizes_that_are_used() -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def note(*kind: int) -> bool:
+        tried.append(kind[:3])
+        return True
+
+    made = network("gru", 48, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_cpu, "rows_agree", note)
+        assert decode_cpu.serves(made)
+    weights = decode_cpu.Weights(made)
+    products = (*weights.inputs[1:], *weights.hidden, weights.output)
+    assert set(tried) == {(*weight.shape, bias is not None) for weight, bias in products}
+
+
+def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_ways(rows: torch.Tensor, product: Any, out: None = None) -> torch.Tensor:
+        weight, _ = product
+        return rows @ weight if len(rows) > 8 else rows.flip(1) @ weight.flip(0)
+
+    decode_cpu.rows_agree.cache_clear()
+    monkeypatch.setattr(decode_cpu, "_times", two_ways)
+    assert not decode_cpu.rows_agree(64, 32, False, 1)
+    decode_cpu.rows_agree.cache_clear()
+
+
+def test_sums_of_weights_in_units_do_not_depend_on_their_order() -> None:
+    draw_from = np.random.default_rng(0)
+    weight = torch.from_numpy(draw_from.normal(scale=0.3, size=(300, 4)))
+    bias = torch.from_numpy(draw_from.normal(size=4))
+    rounded, rounded_bias = decode_exact.in_units(weight, bias)
+    assert torch.allclose(rounded, weight, rtol=0, atol=1e-6)
+    unit = 2.0**-decode_exact.STATE_BITS
+    state = torch.from_numpy(np.round(draw_from.uniform(-1, 1, 300) / unit) * unit)
+    exact = [
+        sum((Fraction(h) * Fraction(w) for h, w in zip(state.tolist(), column.tolist(), strict=True)), Fraction(b))
+        for column, b in zip(rounded.T, rounded_bias.tolist(), strict=True)
+    ]
+    for _ in range(20):
+        order = draw_from.permutation(300)
+        sums: list[float] = rounded_bias.tolist()
+        for i in order:
+            sums = [s + float(state[i]) * float(w) for s, w in zip(sums, rounded[i], strict=True)]
+        assert [Fraction(s) for s in sums] == exact
+
+
+def cases() -> Iterator[tuple[torch.Tensor, list[float], torch.Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    temperatures = [0.0, 1e-40, 0.1, 0.8, 1.0, 3.0, float("inf")]
+    for spread in (0.1, 3.0, 30.0):
+        logits = torch.randn(len(temperatures) * 40, 30, generator=random) * spread
+        logits[:, 7] = logits[:, 12]  # as likely as another, and sometimes the likeliest
+        logits[::3, 7] = logits[::3, 12] = 100.0
+        yield logits, temperatures * 40, torch.rand(len(logits), generator=random)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 4, 100])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.7, 1.0])
+def test_a_cpu_and_a_gpu_draw_alike(top_k: int | None, top_p: float | None) -> None:
+    for logits, temperatures, uniform in cases():
+        expected = draw(logits, torch.tensor(temperatures, dtype=torch.float64), uniform, top_k, top_p).numpy()
+        together = Drawer(temperatures, 30, top_k, top_p)(logits.numpy(), uniform.numpy()[:, None])
+        assert np.array_equal(together, expected)
+        for i in range(0, len(logits), 17):
+            alone = Drawer(temperatures[i : i + 1], 30, top_k, top_p)(
+                logits.numpy()[i : i + 1], uniform.numpy()[i, None, None]
+            )
+            assert alone.tolist() == [expected[i]]
