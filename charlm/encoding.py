@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from charlm.sources import Piece
-from charlm.vocabulary import END, END_CODE, CodePoints, Ids, code_points, looked_up
+from charlm.vocabulary import END, END_CODE, Ids, code_points, looked_up, looked_up_characters
 
 CHUNK = 2**22  # characters changed or counted at a time
 
@@ -49,16 +49,18 @@ def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, pr
     Raises:
         InputError: a lone surrogate in the text.
     """
-    behind = np.array([END_CODE], dtype=np.uint32) if separator == END else code_points(separator or "")
     writer = _Writer(file)
     ends: list[int] = []
     splits: list[str | None] = []
     begun = 0
     with closing(writer):
         for piece in pieces:
-            writer.write(code_points(piece.text))
+            writer.write(piece.text)
             if piece.ends and writer.length > begun:
-                writer.write(behind)
+                if separator == END:
+                    writer.write_end()
+                elif separator:
+                    writer.write(separator)
                 begun = writer.length
                 ends.append(begun)
                 splits.append(piece.split)
@@ -69,7 +71,7 @@ def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, pr
 
 
 class _Writer:
-    """Appends code points to a block, giving each its id as it first appears."""
+    """Appends characters to a block, giving each its id as it first appears."""
 
     def __init__(self, file: Path | None) -> None:
         self.length = 0
@@ -79,19 +81,32 @@ class _Writer:
         self._path = file
         self._file = file.open("wb") if file else None
 
-    def write(self, codes: CodePoints) -> None:
-        ids = looked_up(self._ids, codes)
+    def write(self, text: str) -> None:
+        ids = looked_up_characters(self._ids, text)
         if not ids.all():
-            for code in np.unique(codes[ids == 0]):
-                self.codes.append(int(code))
-                self._make_room()
-                self._ids[code] = len(self.codes)
-            ids = looked_up(self._ids, codes)
+            for code in np.unique(code_points(text)[ids == 0]):
+                self._number(int(code))
+            ids = looked_up_characters(self._ids, text)
+        self._append(ids)
+
+    def write_end(self) -> None:
+        """Append the symbol that ends a document."""
+        if not self._ids[END_CODE]:
+            self._number(END_CODE)
+        self._append(self._ids[END_CODE:])
+
+    def _append(self, ids: Ids) -> None:
         self.length += len(ids)
         if self._file:
-            ids.tofile(self._file)
+            self._file.write(ids.data)
         else:
-            self._parts.append(ids)
+            self._parts.append(ids.copy())
+
+    def _number(self, code: int) -> None:
+        """Give the next id to a code point."""
+        self.codes.append(code)
+        self._make_room()
+        self._ids[code] = len(self.codes)
 
     def _make_room(self) -> None:
         """Take a wider type where one more symbol would not fit."""

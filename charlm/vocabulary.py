@@ -15,6 +15,8 @@ FIRST_WRITTEN = 1  # the ids from here on, all but that of `<unk>`
 END = "<eos>"  # ends a document
 END_CODE = sys.maxunicode + 1  # where an array of code points needs a place for it
 
+_FEW = 0.02  # of a text's characters: as many are looked up one by one in the time that all others take
+
 CodePoints = npt.NDArray[np.unsignedinteger]  # uint8 where all are ASCII, else uint32
 Ids = npt.NDArray[np.integer]
 
@@ -44,6 +46,26 @@ def looked_up(table: Ids, codes: npt.NDArray[np.integer]) -> Ids:
         return np.frombuffer(bytearray(codes.data).translate(translation), dtype=np.uint8)
     found: Ids = table[codes]
     return found
+
+
+def looked_up_characters(table: Ids, text: str) -> Ids:
+    """Return what `table` has for the code point of each character, shape (len(text),).
+
+    Raises:
+        InputError: a lone surrogate, as `code_points`.
+    """
+    if table.dtype == np.uint8:
+        # A byte for each character. "?" stands for one beyond Latin-1, too: where those are few, they are looked up one
+        # by one, and all others at the speed of bytes.
+        narrow = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8)
+        places = np.flatnonzero(narrow == ord("?"))
+        if len(places) < _FEW * len(text):
+            ids = looked_up(table, narrow)
+            rare = np.array([ord(text[i]) for i in places], dtype=np.uint32)
+            ids[places] = table[rare]
+            if not (rare >> 11 == 0xD800 >> 11).any():
+                return ids
+    return looked_up(table, code_points(text))
 
 
 class Vocabulary:
@@ -90,7 +112,7 @@ class Vocabulary:
 
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`, shape (len(text),); a character not in the vocabulary becomes `<unk>`."""
-        return self.encode_codes(code_points(text))
+        return looked_up_characters(self._ids, text)
 
     def missing(self, text: str) -> list[str]:
         """Return the characters of `text` that are not in the vocabulary, each once, in order."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from charlm.errors import InputError
 from charlm.vocabulary import END, END_CODE, UNKNOWN, Vocabulary, code_points
@@ -59,3 +61,18 @@ def test_what_is_no_vocabulary_is_refused(symbols: list[str]) -> None:
 def test_a_lone_surrogate_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"lone surrogate U\+D800 at character 2"):
         code_points("ab\ud800")
+
+
+@given(st.text("ab?é", min_size=100), st.lists(st.tuples(st.integers(0, 99), st.sampled_from("’?中😀")), max_size=5))
+def test_rare_characters_among_bytes_are_told_apart(text: str, rare: list[tuple[int, str]]) -> None:
+    characters = list(text)
+    for place, character in rare:
+        characters[place] = character
+    vocabulary = vocabulary_of("ab?é’😀")
+    ids = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
+    assert vocabulary.encode("".join(characters)).tolist() == [ids.get(c, 0) for c in characters]
+
+
+def test_a_lone_surrogate_among_bytes_is_named_by_its_place() -> None:
+    with pytest.raises(InputError, match=r"lone surrogate U\+DC00 at character 150"):
+        vocabulary_of("a?").encode("a?" * 75 + "\udc00" + "a" * 100)
