@@ -100,7 +100,9 @@ def train(config: TrainConfig, folder: Path) -> float:
                 name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
             }
             figures["val/loss"] = callbacks.checkpoints.best_loss
-            run.complete({**figures, "hidden_size": sizes["hidden_size"], "parameters": model.network.size})
+            unseen = {f"{split}/unseen_characters": data.corpus.unknown[split] for split in ("val", "test")}
+            sized_as = {"hidden_size": sizes["hidden_size"], "parameters": model.network.size}
+            run.complete({**figures, **unseen, **sized_as})
     log.info(describe_result(figures))
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
     return figures["val/loss"]

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from charlm.cache import cache_folder
-from charlm.errors import InputError
+from charlm.errors import InputError, reason
+from charlm.files import no_empty_folder_left
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,14 @@ def _downloaded(folder: Path, split: str) -> Path:
         log.info(f"downloading {URL}{name} to {folder}")
     try:
         download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
-        # Written beside and moved there once the sum is right: a download that breaks off leaves nothing behind.
-        return Path(
-            pooch.retrieve(URL + name, known_hash=f"md5:{MD5[split]}", fname=name, path=folder, downloader=download)
-        )
+        with no_empty_folder_left(folder):
+            # Written beside and moved there once the sum is right: a download that breaks off leaves nothing behind.
+            return Path(
+                pooch.retrieve(URL + name, known_hash=f"md5:{MD5[split]}", fname=name, path=folder, downloader=download)
+            )
     except (requests.RequestException, OSError, ValueError) as error:
-        reason = "what came has another MD5 sum" if type(error) is ValueError else " ".join(str(error).split())
+        why = "what came has another MD5 sum" if type(error) is ValueError else reason(error)
         raise InputError(
-            f"cannot download {URL}{name}: {reason}; lay {' and '.join(f'{s}.csv' for s in MD5)} into a folder and "
+            f"cannot download {URL}{name}: {why}; lay {' and '.join(f'{s}.csv' for s in MD5)} into a folder and "
             f"name it with data.path=FOLDER{os.sep}"
         ) from None

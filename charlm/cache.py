@@ -1,7 +1,7 @@
 """The encoded block of a large text on disk, built once and memory-mapped by all that read it.
 
     CACHE/blocks/KEY/block.bin      ids, one behind the other
-                     corpus.json    type, length, vocabulary, splits
+                     corpus.json    type, length, sum, vocabulary, splits
     CACHE/blocks/KEY.lock           held by the one that builds
     CACHE/blocks/KEY.building/      what it has so far
 
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ def cached_block(folder: Path, key: str, build: Callable[[Path], dict[str, Any]]
                 with _writable(folder):
                     building.mkdir()
                     facts = build(building / _BLOCK)
+                    facts["crc32"] = _crc32(building / _BLOCK)
                     (building / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
                     for file in building.iterdir():
                         _to_disk(file)
@@ -80,16 +82,27 @@ def cached_block(folder: Path, key: str, build: Callable[[Path], dict[str, Any]]
 
 
 def _opened(place: Path) -> tuple[Ids, dict[str, Any]] | None:
-    """Return what lies there, or nothing where a part is missing, cut short or not readable."""
+    """Return what lies there, or nothing where a part is missing, cut short, changed or not readable."""
     try:
         facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
         dtype, length = np.dtype(facts["dtype"]), facts["length"]
         if (place / _BLOCK).stat().st_size != length * dtype.itemsize:
             return None
+        if _crc32(place / _BLOCK) != facts["crc32"]:
+            return None
         # Copy on write: torch asks for memory that it may write to, and the file stays as it is.
         return np.memmap(place / _BLOCK, dtype=dtype, mode="c", shape=(length,)), facts
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _crc32(path: Path) -> int:
+    """Return a sum that a damaged disk or an interrupted copy changes. It takes half the time of hashing the text."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**17):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class TextConfig(DataConfig):
 
     path: Any = MISSING  # a file, folder or glob pattern, or a list of them
     encoding: str = MISSING
+    max_expansion: float = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +112,7 @@ class TextConfig(DataConfig):
         _check(
             bool(paths) and all(isinstance(p, str) and p for p in paths), "data.path must name a file, folder or glob"
         )
+        _check(self.max_expansion >= 1, f"data.max_expansion={self.max_expansion} must be 1 or more")
 
 
 @dataclass

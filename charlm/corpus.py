@@ -37,10 +37,10 @@ Segment = tuple[int, int]  # (start, stop), in characters of the block
 
 # From this size on a text is encoded into a file of the cache. What is smaller is encoded each time, in half a second.
 CACHED_FROM = 2**26
-_FORMAT = 1  # of the cache; to be raised where the same text and settings come to other ids
+_FORMAT = 2  # of the cache; to be raised where the same text and settings come to other ids
 
 # What decides windows and batches, not the block.
-_AFTER_ENCODING = ("path", "cache_dir", "window", "stride", "order", "eval_lanes")
+_AFTER_ENCODING = ("path", "cache_dir", "max_expansion", "window", "stride", "order", "eval_lanes")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,19 @@ def _stopping(path: Path) -> Iterator[None]:
         raise RunStopped(f"cannot write {path}: {error.strerror}") from None
 
 
+@contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Around work that makes a folder and may fail: what it made of the way there, and left empty, goes again."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in absent:
+            with suppress(OSError):  # raised where it holds something, or was not made
+                path.rmdir()
+        raise
+
+
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as one JSON object a line.
 

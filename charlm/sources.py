@@ -16,6 +16,8 @@ import glob
 import gzip
 import hashlib
 import json
+import math
+import os
 import sys
 import zlib
 from abc import ABC, abstractmethod
@@ -35,11 +37,14 @@ from charlm.config import (
     TextConfig,
     TorchtextConfig,
 )
-from charlm.errors import InputError
+from charlm.errors import InputError, listed
 
 _CHUNK = 2**17  # bytes read at a time: more leaves the cache of the processor, less costs calls
 _COMPRESSED = (".gz", ".bz2", ".zst")
 _EXPANSION = 16  # how much larger than its file a compressed text may well be
+_HARMLESS = 2**26  # bytes that any compressed file may unpack to
+
+Decoded = Iterator[tuple[str, int]]  # some text of a file, and how many of its bytes were read for it
 
 
 class Piece(NamedTuple):
@@ -158,13 +163,14 @@ class Files(Source):
         for path, split in self.files:
             match self.config:
                 case AgNewsConfig():
-                    yield from _csv_rows(path, "utf-8", ",", [1, 2], False, split)
-                case CsvConfig() as config:
-                    yield from _csv_rows(path, config.encoding, config.delimiter, config.columns, config.header, split)
-                case JsonlConfig() as config:
-                    yield from _json_rows(path, config.encoding, config.field, split)
-                case TextConfig() as config:
-                    for text, size in _decoded(path, config.encoding):
+                    yield from _csv_rows(path, _decoded(path, "utf-8"), ",", [1, 2], False, split)
+                case CsvConfig() as c:
+                    decoded = _decoded(path, c.encoding, c.max_expansion)
+                    yield from _csv_rows(path, decoded, c.delimiter, c.columns, c.header, split)
+                case JsonlConfig() as c:
+                    yield from _json_rows(path, _decoded(path, c.encoding, c.max_expansion), c.field, split)
+                case TextConfig() as c:
+                    for text, size in _decoded(path, c.encoding, c.max_expansion):
                         yield Piece(text, False, split, size)
                     yield Piece("", True, split)
 
@@ -181,18 +187,18 @@ def split_named(name: str) -> str | None:
 
 
 def _csv_rows(
-    path: Path, encoding: str, delimiter: str, chosen: list[Any], header: bool, split: str | None
+    path: Path, decoded: Decoded, delimiter: str, chosen: list[Any], header: bool, split: str | None
 ) -> Iterator[Piece]:
     """Yield one document a row: the chosen columns, joined by a space."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KB, is less than a long article
-    lines = _Lines(path, encoding)
+    lines = _Lines(decoded)
     rows = csv.reader(lines, delimiter=delimiter)
     try:
         names = next(rows, []) if header else []
         columns: list[int] = []
         for column in chosen:
             if isinstance(column, str) and column not in names:
-                named = f"its header names {', '.join(names)}" if names else "it is read without a header line"
+                named = f"its header names {listed(names)}" if names else "it is read without a header line"
                 raise InputError(f"{path} has no column {column!r}: {named}; set data.columns and data.header")
             columns.append(names.index(column) if isinstance(column, str) else column)
         for row in rows:
@@ -208,9 +214,9 @@ def _csv_rows(
         raise InputError(f"{path} line {rows.line_num} is not CSV: {error}; set data.delimiter") from None
 
 
-def _json_rows(path: Path, encoding: str, field: str, split: str | None) -> Iterator[Piece]:
+def _json_rows(path: Path, decoded: Decoded, field: str, split: str | None) -> Iterator[Piece]:
     """Yield one document a line: a field of the JSON object that stands there."""
-    lines = _Lines(path, encoding)
+    lines = _Lines(decoded)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -219,7 +225,7 @@ def _json_rows(path: Path, encoding: str, field: str, split: str | None) -> Iter
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} is not JSON: {error}; data=jsonl reads one object a line") from None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
+            has = f"its fields are {listed(list(row))}" if isinstance(row, dict) else "it is no JSON object"
             raise InputError(f"{path} line {number} has no text in the field {field!r}: {has}; set data.field")
         yield Piece(row[field], True, split, lines.take_size())
 
@@ -299,12 +305,19 @@ def _zstandard(file: BufferedReader) -> Iterator[bytes]:
         raise EOFError("it ends within a frame")
 
 
-def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
+def _chunks(path: Path, max_expansion: float) -> Iterator[tuple[bytes, int]]:
     """Yield what a file holds, unpacked, and how many bytes of the file were read for it."""
     with _opened(path) as file:
-        read = 0
+        read = unpacked = 0
+        most = max(_HARMLESS, max_expansion * os.fstat(file.fileno()).st_size) if _is_compressed(path) else math.inf
         try:
             for chunk in _unpacked(path, file):
+                unpacked += len(chunk)
+                if unpacked > most:
+                    raise InputError(
+                        f"{path} unpacks to more than {max_expansion:g} times its size, as a file made to fill a disk "
+                        "would; if it is what you want, set data.max_expansion higher"
+                    )
                 position = file.tell()
                 yield chunk, position - read
                 read = position
@@ -314,7 +327,7 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _decoded(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
+def _decoded(path: Path, encoding: str, max_expansion: float = math.inf) -> Decoded:
     """Yield the text of a file as it stands: newlines and a byte order mark are characters like others.
 
     Beside each text stand the bytes of the file that were read for it.
@@ -326,7 +339,7 @@ def _decoded(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
     offset = 0  # in the unpacked file, of the chunk
     pending = 0  # bytes of a character that the chunks before it began
     try:
-        for chunk, size in _chunks(path):
+        for chunk, size in _chunks(path, max_expansion):
             yield decoder.decode(chunk), size
             offset += len(chunk)
             pending = len(decoder.getstate()[0])
@@ -342,8 +355,8 @@ def _decoded(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
 class _Lines:
     """The lines of a file, their ends kept, and how many bytes were read since someone last asked."""
 
-    def __init__(self, path: Path, encoding: str) -> None:
-        self._decoded = _decoded(path, encoding)
+    def __init__(self, decoded: Decoded) -> None:
+        self._decoded = decoded
         self._size = 0
 
     def __iter__(self) -> Iterator[str]:

@@ -11,13 +11,13 @@ import importlib
 import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from charlm.cache import cache_folder
 from charlm.config import TorchtextConfig
 from charlm.errors import InputError, LibraryErrors, listed, reason
+from charlm.files import no_empty_folder_left
 from charlm.sources import Piece, Source, split_named
 from charlm.vocabulary import UNKNOWN
 
@@ -104,7 +104,7 @@ class Torchtext(Source):
     def _fetch(self) -> None:
         """Have the files laid there: torchtext downloads and unpacks them when items are asked for."""
         before = set(self._folder.rglob("*"))
-        with self._errors:
+        with self._errors, no_empty_folder_left(self._folder):
             try:
                 for split in self._splits:
                     items = self._items(split)
@@ -116,10 +116,6 @@ class Torchtext(Source):
                 # Half a download would be taken for the whole file the next time, where torchtext knows no sum of it.
                 for path in sorted(set(self._folder.rglob("*")) - before, reverse=True):
                     path.rmdir() if path.is_dir() else path.unlink()
-                with suppress(OSError):  # raised where a folder holds something
-                    self._folder.rmdir()
-                    self._folder.parent.rmdir()
-                    self._folder.parent.parent.rmdir()
                 raise
 
     @property

@@ -75,7 +75,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes
 
 
 def left_behind(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
 
 
 def lay(folder: Path, prefix: str = "", **contents: bytes) -> Path:

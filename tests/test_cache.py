@@ -106,7 +106,7 @@ def test_text_and_settings_alone_decide_which_block(
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("harm", ["cut", "no facts", "half facts", "no block", "left over"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "no facts", "half facts", "no block", "left over"])
 def test_a_torn_block_is_noticed_and_built_again(tmp_path: Path, config: Config, folder: Path, harm: str) -> None:
     settings = config(folder, tmp_path / "cache")
     whole = load_corpus(settings)
@@ -115,6 +115,10 @@ def test_a_torn_block_is_noticed_and_built_again(tmp_path: Path, config: Config,
     block, facts = place / "block.bin", place / "corpus.json"
     if harm == "cut":
         block.write_bytes(block.read_bytes()[:-1])
+    elif harm == "changed":
+        content = bytearray(block.read_bytes())
+        content[len(content) // 2] ^= 1
+        block.write_bytes(content)
     elif harm == "no facts":
         facts.unlink()
     elif harm == "half facts":

@@ -92,6 +92,7 @@ def data_of(folder: Path, **changes: Any) -> CharDataModule:
     config = TextConfig(
         **{"source": "text", "split": "contiguous", "split_seed": 0, "fractions": [0.8, 0.1, 0.1], "separator": "\n"},
         vocabulary="code_points",
+        max_expansion=100.0,
         **{"window": 20, "stride": 1, "order": "shuffled", "batch_size": 16, "eval_lanes": 4, "encoding": "utf-8"},
         path=str(folder / "text.txt"),
     )

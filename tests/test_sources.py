@@ -117,6 +117,21 @@ def test_a_compressed_file_that_is_cut_off_or_not_one_is_refused(tmp_path: Path,
             load("text", path)
 
 
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_compressed_file_that_unpacks_without_end_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(sources, "_HARMLESS", 10_000)
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(PACK[suffix](b"a" * 2**20))
+    with pytest.raises(InputError, match=r"unpacks to more than 100 times its size.*set data.max_expansion higher"):
+        load("text", path)
+    path.write_bytes(PACK[suffix](b"a" * 5_000))
+    assert len(load("text", path).block) == 5_000  # little is never too much
+    path.write_bytes(PACK[suffix](b"a" * 2**20))
+    assert len(load("text", path, max_expansion=1e6).block) == 2**20
+
+
 def test_rows_of_any_length_are_read_across_chunks(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [["1", f"title {i}", 'say "hi",\nthen go ' * (i % 5)] for i in range(60)]
     with (tmp_path / "rows.csv").open("w", newline="") as file:

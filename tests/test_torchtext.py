@@ -195,7 +195,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     with pytest.raises(InputError, match=r"torchtext cannot read data.dataset=CC100: .*data.path=FOLDER") as refusal:
         load_corpus(composed("data=torchtext", "data.dataset=CC100", f"data.cache_dir={tmp_path / 'cache'}").data)
     assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").rglob("*"))
+    assert not (tmp_path / "cache").exists()
 
 
 @needs_torchtext

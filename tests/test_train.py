@@ -60,6 +60,7 @@ def test_a_run_keeps_what_it_was_told_and_what_it_came_to(run: Path) -> None:
     }
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["hidden_size"] == 16
     assert result(run)["status"] == "completed"
+    assert (result(run)["val/unseen_characters"], result(run)["test/unseen_characters"]) == (0, 0)
 
 
 def test_metrics_agree_with_the_result(run: Path) -> None:
