@@ -99,9 +99,9 @@ class Result:
         return self.config.get("model.hidden_size") or self.end.get("hidden_size")
 
     @property
-    def model(self) -> str:
-        """Its network in short, as in lstm 256x2."""
-        return f"{self.cell} {self.hidden_size or '?'}x{self.num_layers}"
+    def size(self) -> str:
+        """Hidden units and layers, as in 256x2."""
+        return f"{self.hidden_size or '?'}x{self.num_layers}"
 
     def figure(self, name: str) -> float | None:
         """Return a figure of result.json, or where the run has not ended, the best that it has come to."""

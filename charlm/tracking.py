@@ -250,9 +250,8 @@ def record_sweep(folder: Path, config: TrainConfig) -> None:
     results = read_results(folder)
     tracker = open_wandb(config.logger, folder, config.resolved, group=folder.name, job=SWEEP, tags=[folder.name])
     rows = table(results)
-    columns = list(rows[0]) if rows else []
     # As text, for a column of W&B's has one type, and a setting may be now a number and now nothing.
-    shown = wandb.Table(columns=[*columns], allow_mixed_types=True)
+    shown = wandb.Table(columns=[*rows[0]] if rows else [], allow_mixed_types=True)
     for row in rows:
         shown.add_data(*(value if isinstance(value, int | float | str) else str(value) for value in row.values()))
     figures = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("report_*.png"))}
