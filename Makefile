@@ -26,7 +26,7 @@ setup: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 
 .venv/train.stamp: .venv/bin/python pyproject.toml constraints.txt
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[report]'
 	touch $@
 
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt

@@ -21,6 +21,7 @@ LINES = [
 ]
 TRAIN = list(dict.fromkeys(line for line in LINES if line.startswith("python train.py")))
 SAMPLE = list(dict.fromkeys(line for line in LINES if "python sample.py" in line))
+REPORT = [line for line in LINES if line.startswith("python -m charlm.report")]
 SCRIPTS = [line for line in LINES if line.startswith(("python docs/", "python benchmarks/"))]
 COMPOSED_ONLY = ("data=ag_news", "data=huggingface", "logger.mode=online")  # these need the network
 SHORT = {
@@ -67,6 +68,7 @@ def shortened(line: str) -> str:
                 settings.pop("logger", None)
             line = " ".join([line, *(f"{name}={value}" for name, value in settings.items())])
     python = shlex.quote(sys.executable)
+    line = re.sub("^python -m", f"PYTHONPATH={shlex.quote(str(ROOT))} {python} -m", line)
     return re.sub(r"python (train|sample)\.py", lambda m: f"{python} {shlex.quote(str(ROOT / m[1]))}.py", line)
 
 
@@ -82,14 +84,15 @@ def test_every_training_command_of_the_readme_works(line: str, folder: Path) -> 
     run(shortened(line), folder)
 
 
-def test_every_sampling_command_of_the_readme_works(
+def test_every_sampling_and_report_command_of_the_readme_works(
     folder: Path, program: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     # On the README's own text, so that its prompts can be read; at the places where its commands look for a run.
     trained = program("train.py", "experiment=debug", "trainer.max_steps=4", "hydra.run.dir=runs/first")
     assert trained.returncode == 0, trained.stderr
     assert SAMPLE
-    for line in SAMPLE:
+    assert REPORT
+    for line in SAMPLE + REPORT:
         run(shortened(line), folder)
 
 
