@@ -12,7 +12,13 @@ import hydra
 from omegaconf import DictConfig
 
 from charlm import commandline
-from charlm.config import TrainConfig, register
+from charlm.config import EvaluationConfig, TrainConfig, register
+
+if TYPE_CHECKING:
+    import torch
+
+    from charlm.datamodule import CharDataModule
+    from charlm.module import CharLM
 
 if TYPE_CHECKING:
     from charlm.run import Run
@@ -100,12 +106,32 @@ def train(config: TrainConfig, folder: Path) -> float:
                 name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
             }
             figures["val/loss"] = callbacks.checkpoints.best_loss
+            if "test/loss" in figures and trainer.is_global_zero:
+                figures |= beside_the_test(config.evaluation, model, data, trainer.strategy.root_device)
             unseen = {f"{split}/unseen_characters": data.corpus.unknown[split] for split in ("val", "test")}
             sized_as = {"hidden_size": sizes["hidden_size"], "parameters": model.network.size}
             run.complete({**figures, **unseen, **sized_as})
-    log.info(describe_result(figures))
+    for line in describe_result(figures):
+        log.info(line)
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")
     return figures["val/loss"]
+
+
+def beside_the_test(
+    config: EvaluationConfig, model: CharLM, data: CharDataModule, device: torch.device
+) -> dict[str, float]:
+    """Return what the test figure stands beside: a copy that learns as it reads, compressors and an n-gram model."""
+    from charlm.baselines import baselines
+    from charlm.dynamic import dynamic_loss
+    from charlm.metrics import bits
+
+    figures: dict[str, float] = {}
+    if config.dynamic:
+        loss = dynamic_loss(model.network, data.corpus, config, device)
+        figures |= {"test/loss_dynamic": loss, "test/bpc_dynamic": bits(loss)}
+    if data.corpus.characters("train") + data.corpus.characters("test") <= config.baselines_up_to:
+        figures |= baselines(data.corpus, config.ngram_order)
+    return figures
 
 
 def write_again(config: TrainConfig, run: Run) -> float:

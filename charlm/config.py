@@ -71,7 +71,7 @@ class DataConfig:
     eval_lanes: int = MISSING
 
     def __post_init__(self) -> None:
-        _one_of("data.split", self.split, ("contiguous", "documents", "source", "stream_tail"))
+        _one_of("data.split", self.split, ("contiguous", "ends", "documents", "source", "stream_tail"))
         _one_of("data.vocabulary", self.vocabulary, ("code_points", "torchtext"))
         _one_of("data.order", self.order, ("shuffled", "streams"))
         _check(
@@ -388,6 +388,32 @@ class WeightAverageConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What stands beside the test figure: see charlm/baselines.py and charlm/dynamic.py."""
+
+    ngram_order: int = MISSING
+    baselines_up_to: int = MISSING
+    dynamic: str | None = MISSING
+    dynamic_learning_rate: float = MISSING
+    dynamic_decay: float = MISSING
+    dynamic_window: int = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(1, **{"evaluation.ngram_order": self.ngram_order, "evaluation.dynamic_window": self.dynamic_window})
+        _at_least(0, **{"evaluation.baselines_up_to": self.baselines_up_to})
+        if self.dynamic is not None:
+            _one_of("evaluation.dynamic", self.dynamic, ("sgd", "rms"))
+        _check(
+            0 < self.dynamic_learning_rate < math.inf,
+            f"evaluation.dynamic_learning_rate={self.dynamic_learning_rate} must be a number above 0",
+        )
+        _check(
+            0 <= self.dynamic_decay < 1,
+            f"evaluation.dynamic_decay={self.dynamic_decay} must be at least 0 and less than 1",
+        )
+
+
+@dataclass
 class SamplingConfig:
     """How text is drawn from a model."""
 
@@ -471,6 +497,7 @@ class TrainSchema:
     trainer: TrainerConfig = MISSING
     weight_average: WeightAverageConfig = MISSING
     early_stopping: EarlyStoppingConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
     sampling: TrainSamplingConfig = MISSING
     logger: LoggerConfig = MISSING
 
@@ -488,6 +515,7 @@ class TrainConfig:
     capture: str | bool  # whether the step is one CUDA graph: "auto", True or False
     weight_average: WeightAverageConfig
     early_stopping: EarlyStoppingConfig
+    evaluation: EvaluationConfig
     sampling: TrainSamplingConfig
     logger: LoggerConfig
     resolved: dict[str, Any]  # the same as plain values, for the run's folder and the trackers

@@ -146,11 +146,12 @@ def _split(draft: Draft, config: DataConfig) -> dict[str, list[Segment]]:
     ends = draft.ends
     ends[-1] = text_end
     draft.block = draft.block[:text_end]
+    order = ("val", "train", "test") if config.split == "ends" else SPLITS
     if config.split == "stream_tail":
         rows = [text_end * row // config.batch_size for row in range(config.batch_size + 1)]
         cuts = [[start + cut for cut in _cuts(stop - start, config.fractions)] for start, stop in pairwise(rows)]
     else:
-        bounds = _cuts(text_end, config.fractions)
+        bounds = _cuts(text_end, [config.fractions[SPLITS.index(split)] for split in order])
         if config.split == "documents":
             bounds = [0, *(int(ends[np.abs(ends - cut).argmin()]) for cut in bounds[1:-1]), text_end]
         elif config.split == "source":
@@ -159,7 +160,7 @@ def _split(draft: Draft, config: DataConfig) -> dict[str, list[Segment]]:
         cuts = [bounds]
     segments: dict[str, list[Segment]] = {split: [] for split in SPLITS}
     for row in cuts:
-        for split, (start, stop) in zip(SPLITS, pairwise(row), strict=True):
+        for split, (start, stop) in zip(order, pairwise(row), strict=True):
             segments[split] += _segments(start, stop, ends if config.separator is None else None)
     return segments
 

@@ -85,15 +85,26 @@ def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
     )
 
 
-def describe_result(figures: dict[str, float]) -> str:
-    """Return what a run came to, in one line."""
+def describe_result(figures: dict[str, float]) -> list[str]:
+    """Return what a run came to, and what that stands beside, each in one line."""
     text = f"val {figures['val/loss']:.4f} nats per character"
     if "test/loss" in figures:
         text += (
             "   test {test/loss:.4f} +- {test/loss_standard_error:.4f} nats = {test/bpc:.4f} bits, "
             "{test/bpb:.4f} bits per byte; {test/loss_windowed:.4f} nats without what came before the window"
         ).format(**figures)
-    return text
+    lines = [text]
+    if "test/loss_dynamic" in figures:
+        lines.append(
+            "test {test/loss_dynamic:.4f} nats = {test/bpc_dynamic:.4f} bits, learning while it reads".format(**figures)
+        )
+    if "baseline/ngram_loss" in figures:
+        lines.append(
+            "the same text: {baseline/ngram_order:.0f}-gram {baseline/ngram_loss:.4f} nats = {baseline/ngram_bpc:.4f} "
+            "bits; xz {baseline/xz_bpc:.2f} bits, behind the training text {baseline/xz_given_train_bpc:.2f}; bzip2 "
+            "{baseline/bzip2_bpc:.2f}".format(**figures)
+        )
+    return lines
 
 
 def epoch_steps(trainer: L.Trainer, batches: int) -> int:

@@ -47,6 +47,14 @@ def test_contiguous_splits_together_are_the_text(config: Callable[..., DataConfi
     assert "".join(split[name][0] for name in SPLITS) == text
 
 
+def test_at_both_ends_the_training_text_reaches_to_the_test(config: Callable[..., DataConfig]) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    corpus = load_corpus(config({"a.txt": text}, "data.split=ends"))
+    split = texts(corpus)
+    assert [len(split[name][0]) for name in ("val", "train", "test")] == [10, 80, 10]
+    assert split["val"][0] + split["train"][0] + split["test"][0] == text
+
+
 def test_the_vocabulary_is_that_of_the_training_split(config: Callable[..., DataConfig]) -> None:
     corpus = load_corpus(config({"a.txt": "a" * 80 + "ab" * 5 + "c" * 10}))
     assert corpus.vocabulary.symbols == [UNKNOWN, "a"]

@@ -293,6 +293,22 @@ def test_what_is_validated_and_kept_is_the_average_of_the_weights(
         assert not torch.equal(kept["state_dict"][name], kept["training_weights"][name])
 
 
+def test_the_test_figure_stands_beside_others(
+    composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "charlm"):
+        train(composed(*tiny, "evaluation.dynamic=sgd"), tmp_path / "run")
+    found = result(tmp_path / "run")
+    assert found["test/loss_dynamic"] != found["test/loss"]
+    assert {name for name in found if name.startswith("baseline/")} == {
+        *("baseline/ngram_order", "baseline/ngram_loss", "baseline/ngram_bpc"),
+        *("baseline/bzip2_bpc", "baseline/xz_bpc", "baseline/xz_given_train_bpc"),
+    }
+    assert f"6-gram {found['baseline/ngram_loss']:.4f} nats" in caplog.text
+    train(composed(*tiny, "evaluation.baselines_up_to=100"), tmp_path / "without")
+    assert not any(name.startswith("baseline/") for name in result(tmp_path / "without"))
+
+
 def test_a_run_of_a_number_of_parameters_says_what_size_that_is(
     composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
