@@ -6,6 +6,7 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
         main()
     except (InputError, RunStopped, HydraException, OmegaConfBaseException) as error:
         refuse(error)
+    except KeyboardInterrupt:  # before or behind the training, which has its own way with signals
+        raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
             raise

@@ -95,6 +95,7 @@ class ExactResume(Callback):
         # Of the steps that were asked for Lightning sees itself that they are done.
         checkpoint["stopping"] = trainer.should_stop and not 0 < trainer.max_steps <= trainer.global_step
         checkpoint["written"] = self._run.written()
+        checkpoint["windows_a_step"] = _windows_a_step(trainer)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
@@ -112,16 +113,19 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._ranks = checkpoint["ranks"]
+            if len(self._ranks) != trainer.world_size:
+                self._ranks = _for_other_ranks(checkpoint, trainer)
             trainer.should_stop = checkpoint["stopping"]  # then only the test is left to do
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, CharLM)
-        if len(self._ranks) != trainer.world_size:
-            # A fresh run, or one that goes on with another number of devices: each rank draws its own dropout.
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        mine = self._ranks[trainer.global_rank] if self._ranks else {}
+        if "random" in mine:
+            torch.set_rng_state(mine["random"])
+        else:  # a fresh run, or one that goes on with another number of devices: each rank draws its own dropout
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank + trainer.global_step)
+        if not mine:
             return
-        mine = self._ranks[trainer.global_rank]
-        torch.set_rng_state(mine["random"])
         if "random_cuda" in mine and pl_module.device.type == "cuda":
             torch.cuda.set_rng_state(mine["random_cuda"], pl_module.device)
         pl_module.carried = _moved(mine["carried"], pl_module.device)
@@ -237,6 +241,48 @@ class Checkpoints(Checkpoint):
             if self._best_step == trainer.global_step:
                 keep_as_best(self._run, last)
         trainer.strategy.barrier()
+
+
+def _for_other_ranks(checkpoint: dict[str, Any], trainer: L.Trainer) -> list[dict[str, Any]]:
+    """Deal out to this run's ranks what was kept of others', and move its place in the text to fit its steps.
+
+    What each rank gets is not what it would have had: the run goes on, but not as if it had never stopped.
+    """
+    there, here = checkpoint["windows_a_step"], _windows_a_step(trainer)
+    ranks, size = checkpoint["ranks"], trainer.world_size
+    log.warning(
+        f"begun on {len(ranks)} devices with {there} windows a step, goes on on {size} with {here}"
+        + ("" if there == here else f"; data.batch_size={there // size} keeps the steps as they were")
+    )
+    loop = checkpoint["loops"]["fit_loop"]
+    for state in loop["state_dict"].get("combined_loader", ()):
+        state["position"] = state["position"] * there // here
+        batches = loop["epoch_loop.batch_progress"]["current"]
+        ready = batches["ready"]
+        for name in batches:  # Lightning's own count of the batches of this epoch
+            batches[name] += state["position"] - ready
+    loss_sum = sum(rank["losses"][0] for rank in ranks) / len(ranks)
+    carried = [rank["carried"] for rank in ranks]
+    whole = _interleaved(carried) if there == here and all(state is not None for state in carried) else None
+    return [{"carried": _every(whole, rank, size), "losses": (loss_sum, ranks[0]["losses"][1])} for rank in range(size)]
+
+
+def _windows_a_step(trainer: L.Trainer) -> int:
+    return int(trainer.datamodule.config.batch_size * trainer.world_size)  # type: ignore[attr-defined]
+
+
+def _interleaved(states: list[Any]) -> State:
+    """Return the state of all lanes (L, B * ranks, H), of which rank r of n has every n-th from r on."""
+    if isinstance(states[0], tuple):
+        return _interleaved([state[0] for state in states]), _interleaved([state[1] for state in states])  # type: ignore[return-value]
+    return torch.stack(states, dim=2).flatten(1, 2)
+
+
+def _every(state: State | None, first: int, step: int) -> State | None:
+    """Return the lanes of one rank, (L, B, H)."""
+    if isinstance(state, Tensor) or state is None:
+        return None if state is None else state[:, first::step].contiguous()
+    return state[0][:, first::step].contiguous(), state[1][:, first::step].contiguous()
 
 
 def keep_as_best(run: Run, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, write_whole
 from charlm.sampled import Sampled
-from charlm.signals import Interrupted
+from charlm.signals import Interrupted, requeue
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ class Run:
 
     def _refuse_another(self) -> None:
         different = _differences(self.told, self.config)
-        differing = sorted(line for line in different if not line.startswith(_OF_NO_ACCOUNT))
+        elsewhere = any(line.startswith(("trainer.devices:", "trainer.num_nodes:")) for line in different)
+        # Which is for each device: with another number of them another size may make the same steps.
+        free = (*_OF_NO_ACCOUNT, "data.batch_size:") if elsewhere else _OF_NO_ACCOUNT
+        differing = sorted(line for line in different if not line.startswith(free))
         if differing:
             raise InputError(
                 f"{self.folder} holds a run of another configuration ({'; '.join(differing[:3])}); choose another "
@@ -165,6 +169,8 @@ class Run:
                 f"interrupted by {interrupted.signal.name}; the same command with hydra.run.dir={self.folder} goes on; "
                 f"{self._kept}"
             )
+            if interrupted.signal == signal.SIGUSR1 and _on_first_rank():
+                requeue()
             raise
         except InputError:
             raise

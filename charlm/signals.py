@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import threading
 from types import FrameType
 from typing import Any
@@ -21,6 +22,17 @@ class Interrupted(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
+
+
+def requeue() -> None:
+    """Ask SLURM to queue this job again, which starts the same command anew."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        log.info(f"SLURM will start job {job} again")
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.error(f"SLURM does not start job {job} again: {getattr(error, 'stderr', '') or error}")
 
 
 class Signals:

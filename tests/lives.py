@@ -5,6 +5,7 @@ process that has imported everything and done nothing.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import logging
 import multiprocessing
@@ -136,24 +137,30 @@ class KillWhileWriting:
         charlm.checkpoint.write_whole = write
 
 
-class SignalAtStep:
-    """Sends itself a signal, once or twice, at the beginning of a step."""
+class SignalAt:
+    """Sends itself a signal as the n-th call of a function begins, such as "module.CharLM.test_step"."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM, times: int = 1) -> None:
-        self.step, self.number, self.times = step, number, times
+    def __init__(self, where: str, call: int = 1, number: int = signal.SIGTERM, times: int = 1, rank: int = 0) -> None:
+        self.where, self.call, self.number, self.times, self.rank = where, call, number, times, rank
 
     def __call__(self, folder: Path) -> None:
-        import charlm.module
+        if int(os.environ.get("LOCAL_RANK", self.rank)) != self.rank:
+            return
+        module, *path, name = self.where.split(".")
+        owner = importlib.import_module(f"charlm.{module}")
+        for part in path:
+            owner = getattr(owner, part)
+        function, calls = getattr(owner, name), 0
 
-        step_of = charlm.module.CharLM.training_step
-
-        def training_step(model: Any, *args: Any) -> Any:
-            if model.global_step + 1 == self.step:
+        def send_and_call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
                 for _ in range(self.times):
                     os.kill(os.getpid(), self.number)
-            return step_of(model, *args)
+            return function(*args, **kwargs)
 
-        charlm.module.CharLM.training_step = training_step  # type: ignore[method-assign]
+        setattr(owner, name, send_and_call)
 
 
 def kill_after(processes: Sequence[BaseProcess], seconds: float) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import time
@@ -15,6 +17,7 @@ import pytest
 from lives import (
     KillAtFileEvent,
     KillWhileWriting,
+    SignalAt,
     begin,
     begin_ranks,
     kill_after,
@@ -22,6 +25,8 @@ from lives import (
     outcome,
     same,
 )
+
+from charlm.checkpoint import read_checkpoint
 
 COMBINATIONS = [(cell, order) for cell in ("lstm", "gru", "rnn") for order in ("shuffled", "streams")]
 
@@ -117,3 +122,116 @@ def test_two_processes_killed_at_any_moment_go_on_as_if_they_had_not_been(
     ranks = begin_ranks(tmp_path / "run", [*small, *overrides])
     assert end_of(ranks) == [0, 0], (tmp_path / "run.log").read_text()
     assert same(outcome(tmp_path / "run"), expected)
+
+
+STEP = "module.CharLM.training_step"
+VALIDATION = "module.CharLM.validation_step"
+
+
+def status(folder: Path) -> str:
+    return str(json.loads((folder / "result.json").read_text())["status"])
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "number"),
+    [
+        (STEP, 1, signal.SIGTERM),
+        (STEP, 4, signal.SIGINT),
+        (STEP, 10, signal.SIGTERM),  # a validation is due behind it
+        (STEP, 13, signal.SIGTERM),
+        (STEP, 22, signal.SIGINT),
+        (STEP, 23, signal.SIGTERM),  # the last
+        (VALIDATION, 3, signal.SIGTERM),
+        ("module.CharLM.test_step", 2, signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_what_an_exact_resume_needs_and_ends_with_its_exit_code(
+    where: str, call: int, number: int, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    folder, expected = tmp_path / "run", undisturbed(*settings("lstm", "streams"))[0]
+    overrides = [*small, *settings("lstm", "streams")]
+    code = live(folder, overrides, SignalAt(where, call, number))
+    assert code == 128 + number, folder.with_suffix(".log").read_text()
+    if where == STEP:
+        step = read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"]
+        assert step == call
+    assert status(folder) == "interrupted"
+    assert live(folder, overrides) == 0, folder.with_suffix(".log").read_text()
+    assert same(outcome(folder), expected)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_run_interrupted_in_every_third_step_comes_to_the_same(
+    order: str, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    """Across the ends of epochs, and with gradients gathered over batches."""
+    short = ("data.stride=70", "trainer.accumulate_grad_batches=2", f"data.order={order}")
+    folder = tmp_path / "run"
+    for _ in range(7):
+        assert live(folder, [*small, *short], SignalAt(STEP, 5)) == 143
+    assert live(folder, [*small, *short]) == 0
+    assert same(outcome(folder), undisturbed(*short)[0])
+
+
+def test_a_second_signal_ends_at_once(small: list[str], tmp_path: Path) -> None:
+    assert live(tmp_path / "run", small, SignalAt(STEP, 13, times=2)) == 143
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 10
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_processes_ends_both_behind_one_step(
+    rank: int, small: list[str], undisturbed_ranks: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    folder, overrides = tmp_path / "run", [*small, *settings("lstm", "shuffled")]
+    assert end_of(begin_ranks(folder, overrides, SignalAt(STEP, 12, rank=rank))) == [143, 143]
+    assert status(folder) == "interrupted"
+    assert end_of(begin_ranks(folder, overrides)) == [0, 0]
+    assert same(outcome(folder), undisturbed_ranks(*settings("lstm", "shuffled"))[0])
+
+
+def test_a_requeued_job_of_slurm_goes_on_in_its_folder(
+    small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    asked = tmp_path / "scontrol"
+    asked.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    asked.chmod(0o755)
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert live(tmp_path / "run", small, SignalAt(STEP, 13, signal.SIGUSR1), **job) == 138
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert live(tmp_path / "run", small, **job, SLURM_RESTART_COUNT="1") == 0
+    assert same(outcome(tmp_path / "run"), undisturbed()[0])
+
+
+def test_a_run_killed_twice_is_one_run_of_wandb(small: list[str], tmp_path: Path) -> None:
+    for step in (7, 15):
+        assert live(tmp_path / "run", [*small, "logger=wandb"], SignalAt(STEP, step, signal.SIGKILL)) == -signal.SIGKILL
+    assert live(tmp_path / "run", [*small, "logger=wandb"]) == 0, (tmp_path / "run.log").read_text()
+    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "run" / "wandb_id.txt").read_text()}
+
+
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_run_begun_on_two_processes_goes_on_on_one(
+    order: str, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    """With twice the batch the steps are the same ones, so that without dropout the losses are too, to rounding."""
+    same_steps = [*small, f"data.order={order}", "model.dropout=0"]
+    folder = tmp_path / "run"
+    half = [*same_steps, "data.batch_size=4"]
+    assert end_of(begin_ranks(folder, half, SignalAt(STEP, 13))) == [143, 143], folder.with_suffix(".log").read_text()
+    assert live(folder, same_steps) == 0, folder.with_suffix(".log").read_text()
+    expected = undisturbed(f"data.order={order}", "model.dropout=0")[0]
+    found = outcome(folder)
+    assert [row["step"] for row in found["rows"]] == [row["step"] for row in expected["rows"]]
+    for name in ("train/loss", "val/loss", "test/loss"):
+        losses = [[float(row[name]) for row in which["rows"] if row[name]] for which in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_begun_on_two_processes_goes_on_on_one_with_half_the_steps_size(small: list[str], tmp_path: Path) -> None:
+    short = [*small, "data.stride=70"]  # several epochs
+    assert end_of(begin_ranks(tmp_path / "run", short, SignalAt(STEP, 13))) == [143, 143]
+    assert live(tmp_path / "run", short) == 0, (tmp_path / "run.log").read_text()
+    assert [row["step"] for row in outcome(tmp_path / "run")["rows"] if row["val/loss"]] == ["10", "20", "23"]
+    assert "data.batch_size=16 keeps the steps as they were" in (tmp_path / "run.log").read_text()
