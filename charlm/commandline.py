@@ -39,6 +39,8 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
     sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
     try:
+        if "hydra.run.dir" in text_keys and not multirun:
+            sys.argv += _folder_of_all_ranks(sys.argv[1:])
         main()
     except (InputError, RunStopped, HydraException, OmegaConfBaseException) as error:
         refuse(error)
@@ -78,6 +80,28 @@ def job() -> Iterator[Path]:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         refuse(error)
+
+
+def _folder_of_all_ranks(arguments: Sequence[str]) -> list[str]:
+    """Return what names the run's folder where several processes were started from outside: each by itself would choose
+    another, by the time and at random.
+
+    Under SLURM the job's number does, which a job that is queued again keeps, so that it goes on.
+
+    Raises:
+        InputError: torchrun started them, and no folder is named.
+    """
+    if any(argument.startswith(("hydra.run.dir=", "--")) for argument in arguments):
+        return []
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "torchrun starts each process by itself, so name the run's folder, the same for all, with "
+            "hydra.run.dir=runs/NAME"
+        )
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    if job and step and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return [f"hydra.run.dir=runs/slurm-{job}-{step}"]
+    return []
 
 
 def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
