@@ -11,8 +11,9 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,6 +77,24 @@ class MetricsFile(Logger):
         append_whole(self.path, lines.getvalue())
 
 
+def _at_no_risk(method: Callable[..., None]) -> Callable[..., None]:
+    """Have a method of a tracker fail without the training: with a warning, and from there on nothing is tracked."""
+
+    @rank_zero_only
+    @wraps(method)
+    def guarded(self: WandbTracker, *args: Any, **kwargs: Any) -> None:
+        if self.lost:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # whatever has become of W&B's service, which is a process of its own
+            self.lost = True
+            what = " ".join(f"{type(error).__name__} {error}".split())
+            log.warning(f"W&B has failed, and the run goes on without it ({what[:200]})")
+
+    return guarded
+
+
 class WandbTracker(WandbLogger):
     """A Weights & Biases run with a growing table of samples."""
 
@@ -85,11 +104,17 @@ class WandbTracker(WandbLogger):
         super().__init__(**init)
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever its value
         self._samples: Any = None
+        self.lost = False  # whether W&B has failed
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the run was told its whole configuration as it began."""
 
-    @rank_zero_only
+    @_at_no_risk
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add what was measured at a step."""
+        super().log_metrics(metrics, step)
+
+    @_at_no_risk
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to the table, those of `SAMPLE_COLUMNS`; what was measured becomes the run's summary too."""
         import wandb
@@ -104,7 +129,7 @@ class WandbTracker(WandbLogger):
             {f"text/{name}/{row['temperature']:g}": row[name] for row in rows for name in METRICS if name in row}
         )
 
-    @rank_zero_only
+    @_at_no_risk
     def record_end(self, run: Run, with_model: bool) -> None:
         """Put what a run came to into its summary, and where online, its best checkpoint beside it as an artifact."""
         import wandb
@@ -133,13 +158,18 @@ class WandbTracker(WandbLogger):
     def close(self, exit_code: int) -> None:
         """End the run, as failed if `exit_code` is not 0, and say where it is."""
         run = self.experiment
-        where = run.url if not run.settings.mode.startswith("off") else None
+        where = run.url if self.online else None
         folder = Path(run.dir).parent
-        run.finish(exit_code=exit_code)
-        if where:
+        self.lost = False  # what it still can do, it shall
+        self._finish(exit_code)
+        if where and not self.lost:
             log.info(f"W&B: {where}")
         else:
             log.info(f"W&B: look at it with `wandb leet {folder.parent}`, send it with `wandb sync {folder}`")
+
+    @_at_no_risk
+    def _finish(self, exit_code: int) -> None:
+        self.experiment.finish(exit_code=exit_code)
 
 
 def wandb_mode(config: WandbConfig) -> tuple[str, str]:
