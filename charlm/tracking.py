@@ -178,12 +178,12 @@ def wandb_mode(config: WandbConfig) -> tuple[str, str]:
         return config.mode, f"logger.mode={config.mode}"
     if mode := os.environ.get("WANDB_MODE"):
         return {"dryrun": "offline", "run": "online"}.get(mode, mode), f"WANDB_MODE={mode}"
-    if source := _credentials():
+    if source := find_credentials():
         return "online", f"credentials in {source}"
     return "offline", "no credentials; `wandb login` once, and runs go online"
 
 
-def _credentials() -> str | None:
+def find_credentials() -> str | None:
     """Return where credentials for W&B are, as wandb itself would look for them, but without asking anyone."""
     for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         if os.environ.get(variable):
@@ -278,7 +278,8 @@ def record_sweep(folder: Path, config: TrainConfig) -> None:
     import wandb
 
     results = read_results(folder)
-    tracker = open_wandb(config.logger, folder, config.resolved, group=folder.name, job=SWEEP, tags=[folder.name])
+    shared = {name: value for name, value in config.resolved.items() if name != "model"}
+    tracker = open_wandb(config.logger, folder, shared, group=folder.name, job=SWEEP, tags=[folder.name])
     rows = table(results)
     # As text, for a column of W&B's has one type, and a setting may be now a number and now nothing.
     shown = wandb.Table(columns=[*rows[0]] if rows else [], allow_mixed_types=True)

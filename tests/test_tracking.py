@@ -20,10 +20,12 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from charlm import tracking
+from charlm import dashboard, tracking
 from charlm.config import TrainConfig
+from charlm.dashboard import build_workspace
 from charlm.report import can_draw, write_report
-from charlm.tracking import SWEEP_FILE, record_sweep
+from charlm.text_metrics import METRICS
+from charlm.tracking import SWEEP_FILE, MetricsFile, record_sweep
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, streams: int | None = None, hangs: bool = False) -> None:
         self.runs: list[dict[str, Any]] = []  # the variables of each UpsertBucket
         self.artifacts: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.files: dict[str, list[str]] = {}  # lines by file
         self.ended: list[int] = []  # exit codes
         self._streams = streams
@@ -70,8 +73,8 @@ class Server(ThreadingHTTPServer):
                 self.ended.append(body["exitcode"])
             return {}
         variables = body.get("variables", {})
-        operation = re.search(r"\w+", body.get("query", "").partition(" ")[2])
-        match operation and operation[0]:
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
+        match operation and operation[1]:
             case "UpsertBucket":
                 self.runs.append(variables)
                 project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "someone"}}
@@ -87,6 +90,9 @@ class Server(ThreadingHTTPServer):
                 return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
             case "ArtifactType":
                 return {"data": {"project": {"artifact": None}}}
+            case "UpsertView2":
+                self.views.append(variables)
+                return {"data": {"upsertView": {"view": {"id": "v", "name": "nw-view"}, "inserted": True}}}
             case "Viewer":
                 viewer = {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
                 return {"data": {"viewer": viewer}}
@@ -288,6 +294,50 @@ def test_a_terminal_without_credentials_is_never_asked(tiny: list[str], tmp_path
     assert b"W&B: offline (no credentials" in shown
     assert b"Enter your choice" not in shown
     assert b"API key" not in shown
+
+
+workspaces = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
+
+
+@workspaces
+def test_the_workspace_shows_what_runs_log(composed: Composed) -> None:
+    pytest.importorskip("wandb_workspaces")
+    workspace = build_workspace("someone", "charlm", "a-sweep")
+    assert [section.name for section in workspace.sections] == ["Loss", "Loss by size", "Samples", "Speed"]
+    panels = {type(panel).__name__ for section in workspace.sections for panel in section.panels}
+    assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "MediaBrowser", "WeavePanelSummaryTable"} <= panels
+    saved = workspace._to_model().model_dump_json(by_alias=True)
+    logged = {
+        *(*MetricsFile.COLUMNS, "trainer/global_step", "report_losses_by_size"),
+        *(f"result/{name}" for name in ("val_bpc", "test_bpc", "parameters", "seconds")),
+        *(f"text/{name}/{at:g}" for name in METRICS for at in (0, *composed().sampling.temperatures)),
+    }
+    shown = set(re.findall(r"\b(?:train|val|test|result|text|report|trainer)[/_][\w./]+", saved))
+    assert {"val/bpc", "result/val_bpc", "text/copied/0.8", "report_losses_by_size"} <= shown <= logged
+    assert "model.value.cell" in saved
+    assert "a-sweep" in saved
+
+
+@workspaces
+def test_the_workspace_is_saved(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    server = serve()
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--entity", "someone", "--sweep", "a-sweep"])
+    dashboard.main()
+    (view,) = server.views
+    assert (view["entityName"], view["projectName"]) == ("someone", "charlm")
+    assert "/someone/charlm" in capsys.readouterr().out
+
+
+def test_without_credentials_no_workspace_is_saved_and_a_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--entity", "someone"])
+    with pytest.raises(SystemExit, match="2"):
+        dashboard.main()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def sweep_folder(parent: Path) -> Path:
