@@ -57,7 +57,15 @@ def train(config: TrainConfig, folder: Path) -> float:
     from charlm.run import Run
     from charlm.signals import Signals
     from charlm.tracking import tracked
-    from charlm.trainer import build_trainer, choose_precision, describe, describe_result, epoch_steps, step_budget
+    from charlm.trainer import (
+        build_trainer,
+        choose_precision,
+        describe,
+        describe_result,
+        device_name,
+        epoch_steps,
+        step_budget,
+    )
 
     if rank_zero_only.rank != 0:
         log.setLevel(logging.ERROR)  # the first rank speaks for all
@@ -110,7 +118,7 @@ def train(config: TrainConfig, folder: Path) -> float:
                 figures |= beside_the_test(config.evaluation, model, data, trainer.strategy.root_device)
             unseen = {f"{split}/unseen_characters": data.corpus.unknown[split] for split in ("val", "test")}
             sized_as = {"hidden_size": sizes["hidden_size"], "parameters": model.network.size}
-            run.complete({**figures, **unseen, **sized_as})
+            run.complete({**figures, **unseen, **sized_as, "device": device_name(trainer)})
     for line in describe_result(figures):
         log.info(line)
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -83,6 +84,16 @@ def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
         f"{trainer.accelerator.name()}, {trainer.precision}{', the step as one CUDA graph' if captured else ''}; "
         f"{model.hparams['total_steps']:,} steps of {batch}"
     )
+
+
+def device_name(trainer: L.Trainer) -> str:
+    """Return what a run computes on, for its result: figures of two machines are not alike."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
 
 
 def describe_result(figures: dict[str, float]) -> list[str]:

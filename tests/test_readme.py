@@ -37,6 +37,7 @@ SHORT = {
 SENTENCE = "The sea and a hill under some old tree, where nobody waits for rain.\n"
 EXAMPLES = {  # the files that the README's commands read
     "my_text.txt": SENTENCE * 200,
+    "tinyshakespeare.txt": SENTENCE * 200,
     "old_text.txt": SENTENCE * 200,
     "books/one.txt": SENTENCE * 100,
     "books/two.txt": SENTENCE * 100,
