@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from charlm import commandline
 from charlm.config import SampleConfig, register
-from charlm.console import heading, printable
+from charlm.console import heading, measures_table, printable
 from charlm.errors import InputError
 from charlm.files import json_lines, write_whole
 
 log = logging.getLogger("charlm")
 
 
-def sample(config: SampleConfig) -> list[dict[str, object]]:
+def sample(config: SampleConfig) -> list[dict[str, Any]]:
     """Draw texts at each temperature and print them as they grow.
 
     Returns:
-        A row for each text: checkpoint, temperature, sample, seed, prompt, text.
+        A row for each text: checkpoint, temperature, sample, seed, prompt, text, and what can be measured of it without
+        the training text; see charlm/text_metrics.py.
 
     Raises:
         InputError: no checkpoint, an unreadable one, or a prompt that the model cannot read. Nothing is written then.
@@ -30,6 +32,7 @@ def sample(config: SampleConfig) -> list[dict[str, object]]:
     # Here, so that --help and a mistyped setting are answered without waiting for torch.
     from charlm.checkpoint import find_checkpoint, find_device, open_checkpoint
     from charlm.generate import Sampler, prompt_ids
+    from charlm.text_metrics import measured
 
     device = find_device(config.device)
     path = find_checkpoint(config.checkpoint, Path(config.runs))
@@ -37,7 +40,7 @@ def sample(config: SampleConfig) -> list[dict[str, object]]:
     prompt = read_prompt(config)
     ids = prompt_ids(model.vocabulary, prompt, config.on_unknown)
     sampler = Sampler(model.network.to(device), model.vocabulary, config.top_k, config.top_p)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
         texts = [""] * config.num_samples
         seeds = [(config.seed, number) for number in range(config.num_samples)]
@@ -59,6 +62,9 @@ def sample(config: SampleConfig) -> list[dict[str, object]]:
                 {"checkpoint": str(path), "temperature": temperature, "seed": config.seed, "sample": number}
                 | {"prompt": prompt, "text": text}
             )
+    rows = measured(rows, model.network, model.vocabulary)
+    sys.stdout.flush()
+    print(f"\n{measures_table(rows)}", file=sys.stderr)  # where the texts go on into a file, they go alone
     return rows
 
 

@@ -41,12 +41,14 @@ def shown(rows: Sequence[Mapping[str, Any]], source: str) -> str:
     texts = [
         f"--- {source}, {heading(row['temperature'])} ---\n{printable(row['prompt'] + row['text'])}" for row in rows
     ]
-    return "\n".join([*texts, *_table([row for row in rows if "entropy" in row])])
+    measured = [row for row in rows if "entropy" in row]
+    return "\n".join([*texts, measures_table(measured)] if measured else texts)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    measures = {name: measure for name, measure in _MEASURES.items() if rows and name in rows[0]}
-    lines = [" " * 15 + "".join(f"   {title}" for title, _ in measures.values())] if rows else []
+def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of what was measured of samples, which is the same of each; see charlm/text_metrics.py."""
+    measures = {name: measure for name, measure in _MEASURES.items() if name in rows[0]}
+    lines = [" " * 15 + "".join(f"   {title}" for title, _ in measures.values())]
     for row in rows:
         figures = (
             (title, "-" if math.isnan(row[name]) else format(row[name], form))
@@ -55,4 +57,4 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"{heading(row['temperature']):<15}" + "".join(f"   {text:>{len(title)}}" for title, text in figures)
         )
-    return lines
+    return "\n".join(lines)

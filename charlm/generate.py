@@ -19,6 +19,8 @@ from charlm.errors import InputError
 from charlm.network import CharRNN
 from charlm.vocabulary import UNKNOWN, Vocabulary
 
+_PIECE = 1024  # characters read at a time
+
 
 def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -> list[int]:
     """Encode a prompt.
@@ -47,7 +49,7 @@ def next_character_entropy(network: CharRNN, ids: Tensor) -> Tensor:
     """Return how unsure the network is of the character behind each one.
 
     The entropy (Shannon, "A mathematical theory of communication", 1948) of its own distribution over all symbols: at
-    temperature 1, whatever the text was drawn at. One forward pass scores the whole text; of a prompt and a text of n
+    temperature 1, whatever the text was drawn at. Of a prompt and a text of n
     characters, `[:, -n - 1 : -1]` belongs to the n drawn ones.
 
     Args:
@@ -59,12 +61,15 @@ def next_character_entropy(network: CharRNN, ids: Tensor) -> Tensor:
     """
     training = network.training
     network.eval()
+    entropies, state = [], None
     try:
-        log_probabilities = network(ids)[0].float().log_softmax(dim=-1)  # (B, T, V)
+        for piece in torch.split(ids, _PIECE, dim=1):  # a long text's distributions would fill the memory
+            logits, state = network(piece, state)  # (B, T, V)
+            log_probabilities = logits.float().log_softmax(dim=-1)
+            entropies.append(torch.special.entr(log_probabilities.exp()).sum(dim=-1))
     finally:
         network.train(training)
-    entropy: Tensor = torch.special.entr(log_probabilities.exp()).sum(dim=-1)
-    return entropy
+    return torch.cat(entropies, dim=1)
 
 
 @dataclass(frozen=True)

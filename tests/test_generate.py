@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from charlm import generate
 from charlm.draw import draw
 from charlm.errors import InputError
 from charlm.generate import Sampler, next_character_entropy, prompt_ids
@@ -137,9 +138,12 @@ def test_the_entropy_of_the_next_character_is_that_of_the_networks_distribution(
     probabilities = weights / weights.sum(axis=-1, keepdims=True)
     expected = -(probabilities * np.log(probabilities)).sum(axis=-1)
     sampler.network.train()
-    entropy = next_character_entropy(sampler.network, ids)
-    assert sampler.network.training
-    assert entropy.numpy() == pytest.approx(expected, abs=1e-5)
+    for piece in (1024, 2):  # a long text is read piece by piece
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate, "_PIECE", piece)
+            entropy = next_character_entropy(sampler.network, ids)
+        assert sampler.network.training
+        assert entropy.numpy() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_entropy_lies_between_certain_and_uniform(sampler: Sampler) -> None:

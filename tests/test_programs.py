@@ -89,6 +89,8 @@ def test_texts_stand_under_their_temperatures_and_in_a_file(run: Path, program: 
     headings = ("--- greedy ---", "--- temperature 0.5 ---", "--- temperature inf ---")
     expected = "".join(f"{heading}\nThe {row['text']}\n" for heading, row in zip(headings, rows, strict=True))
     assert first.stdout == expected
+    assert "entropy" in first.stderr.splitlines()[1]  # what was measured; the texts go alone into a pipe
+    assert {"distinct_4grams", "loop_rate", "entropy"} <= rows[0].keys()
     assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
 
 
