@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from charlm.console import printable
 from charlm.errors import InputError, RunStopped
+from charlm.pool import follow_pool
 
 BAD_INPUT, STOPPED = 2, 1  # exit codes
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -37,6 +38,7 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     logging.raiseExceptions = False  # a full disk costs the log file, not a traceback for each line of it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
+    follow_pool()
     sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
     try:
         if "hydra.run.dir" in text_keys and not multirun:

@@ -8,6 +8,8 @@ imports torch: `--help` and a mistyped key answer at once.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 import secrets
 from collections.abc import Sequence
@@ -537,6 +539,15 @@ class TrainConfig:
         capture = trainer.get("capture", "auto")
         return cls(**rooms, trainer=arguments, capture=capture, resolved={**resolved, "trainer": trainer})
 
+    @property
+    def run_name(self) -> str:
+        """What a sweep calls the run's folder: the network, and a digest of all that its training is told."""
+        told = {name: value for name, value in self.resolved.items() if name not in ("sampling", "logger")}
+        told["data"] = {name: value for name, value in told["data"].items() if name != "cache_dir"}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        size = self.model.hidden_size or self.model.parameters
+        return f"{self.model.cell}-{size}x{self.model.num_layers}_{digest}"
+
     def __post_init__(self) -> None:
         _check(
             self.capture == "auto" or isinstance(self.capture, bool),
@@ -618,3 +629,11 @@ def register() -> None:
     OmegaConf.register_new_resolver("either", lambda first, second: second if first is None else first, replace=True)
     # Tells apart two runs that start in the same second.
     OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+
+
+def _run_name(_root_: DictConfig) -> str:
+    try:
+        return TrainConfig.of(_root_).run_name
+    except InputError:
+        return "refused"  # the job says why

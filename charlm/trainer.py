@@ -11,6 +11,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from charlm.checkpoint import WholeCheckpoints
@@ -46,6 +48,23 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def refuse_ranks_in_a_shared_process(trainer: L.Trainer) -> None:
+    """Let no job that shares its process with other jobs of a sweep start ranks.
+
+    Lightning starts them by the command of the whole sweep, and leaves its variables behind for the next job.
+
+    Raises:
+        InputError: it is such a job.
+    """
+    shared = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if shared and trainer.world_size > 1 and environment and not environment.creates_processes_externally:
+        raise InputError(
+            f"trainer.devices={trainer.num_devices} does not go with a launcher whose jobs share a process; sweep with "
+            "hydra/launcher=pool, or with trainer.devices=1"
+        )
 
 
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")

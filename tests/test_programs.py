@@ -140,22 +140,3 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny: list[str], progra
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one")]
     for figure in ("val/loss", "test/loss", "test/loss_windowed"):
         assert results[0][figure] == pytest.approx(results[1][figure], rel=1e-4)
-
-
-def test_a_sweep_runs_every_combination(tiny: list[str], program: Program, tmp_path: Path) -> None:
-    sweep = ("model=lstm,gru", "model.hidden_size=8,12", "sampling.temperature=0.5,1.0")
-    kept = [override for override in tiny if not override.startswith(("model.", "sampling.temp"))]
-    done = program(
-        "train.py", "-m", *kept, *sweep, "trainer.max_steps=4", "trainer.val_check_interval=4", "hydra.sweep.dir=s"
-    )
-    assert done.returncode == 0, done.stderr
-    configs = [json.loads((tmp_path / "s" / str(i) / "result.json").read_text())["status"] for i in range(8)]
-    assert configs == ["completed"] * 8
-
-
-def test_a_bad_job_of_a_sweep_does_not_keep_the_others(tiny: list[str], program: Program, tmp_path: Path) -> None:
-    kept = [override for override in tiny if not override.startswith("model.")]
-    done = program("train.py", "-m", *kept, "model.hidden_size=0,8", "hydra.sweep.dir=s")
-    assert done.returncode == 2
-    assert "model.hidden_size=0 must be 1 or more" in done.stderr
-    assert json.loads((tmp_path / "s" / "1" / "result.json").read_text())["status"] == "completed"
