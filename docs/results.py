@@ -26,12 +26,9 @@ from charlm.results import Result, read_results
 
 PAGE = Path(__file__).parent.parent / "RESULTS.md"
 TABLE = re.compile(r"(<!-- table: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEAD = (
-    "| network | parameters | test, nats | test, bits | windowed | seeds | seconds | card | command |\n"
-    + "|---" * 9
-    + "|"
-)
-ALONE = ("seed", "sampling.", "logger.", "data.cache_dir", "data.path")  # what makes no other row
+COLUMNS = ("network", "parameters", "test, nats", "test, bits", "windowed", "seeds", "seconds", "card", "command")
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+ALONE = ("seed", "sampling.", "logger.", "evaluation.", "data.cache_dir", "data.path")  # what makes no other row
 
 
 def experiment(run: Result) -> str:
@@ -66,11 +63,13 @@ def row(seeds: Sequence[Result]) -> str:
     first = seeds[0]
 
     def mean(name: str) -> float:
-        return statistics.mean(float(run.end[name]) for run in seeds)
+        return statistics.mean(float(run.end[name]) for run in seeds if name in run.end)
 
     losses = [float(run.end["test/loss"]) for run in seeds]
     spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(seeds) > 1 else ""
-    dynamic = f"; {mean('test/loss_dynamic'):.4f} dynamic" if "test/loss_dynamic" in first.end else ""
+    dynamic = (
+        f"; {mean('test/loss_dynamic'):.4f} dynamic" if any("test/loss_dynamic" in run.end for run in seeds) else ""
+    )
     cells = [
         f"{first.cell} {first.size}",
         f"{first.end['parameters']:,}",
@@ -88,7 +87,7 @@ def row(seeds: Sequence[Result]) -> str:
 def command(run: Result) -> str:
     """Return what makes a run again, but for where it is kept and where its text lies."""
     words = [word for word in run.end["command"] if not word.startswith(("hydra.", "logger", "data.cache_dir"))]
-    words = [f"data.path={Path(word[10:]).name}" if word.startswith("data.path=") else word for word in words]
+    words = [re.sub(r"^data\.path=.*?([^/]*?)\"?$", r"data.path=\1", word) for word in words]
     return " ".join(["python", *map(shlex.quote, words)]).replace("|", "\\|")
 
 
