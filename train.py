@@ -50,6 +50,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     from charlm.capture import CapturedCharLM, captures
     from charlm.datamodule import CharDataModule
     from charlm.generate import prompt_ids
+    from charlm.memory import within_memory
     from charlm.module import CharLM
     from charlm.network import sized
     from charlm.ranks import watched
@@ -108,7 +109,7 @@ def train(config: TrainConfig, folder: Path) -> float:
         checkpoint = run.begin(*find_resumable(run, model))
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.
-            with watched(trainer, run.stopped), logging_redirect_tqdm():
+            with watched(trainer, run.stopped), within_memory(model, data), logging_redirect_tqdm():
                 trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
                 judge = trainer.test if data.corpus.characters("test") else trainer.validate
                 judge(model, data, callbacks.checkpoints.best_path, verbose=False, weights_only=True)
@@ -116,6 +117,7 @@ def train(config: TrainConfig, folder: Path) -> float:
                 name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
             }
             figures["val/loss"] = callbacks.checkpoints.best_loss
+            figures |= {"skipped_steps": callbacks.finite.skipped} if callbacks.finite.skipped else {}
             if "test/loss" in figures and trainer.is_global_zero:
                 figures |= beside_the_test(config.evaluation, model, data, trainer.strategy.root_device)
             unseen = {f"{split}/unseen_characters": data.corpus.unknown[split] for split in ("val", "test")}

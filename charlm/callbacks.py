@@ -17,6 +17,7 @@ from charlm.averaging import WeightAverage
 from charlm.config import TrainConfig, TrainSamplingConfig
 from charlm.console import shown
 from charlm.files import append_whole, json_lines
+from charlm.finite import FiniteSteps
 from charlm.generate import sample_rows
 from charlm.metrics import bits
 from charlm.module import CharLM
@@ -30,19 +31,22 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks(NamedTuple):
-    """A run's callbacks, and the one that knows the checkpoints."""
+    """A run's callbacks, and those that know the checkpoints and the steps left out."""
 
     checkpoints: Checkpoints
+    finite: FiniteSteps
     all: list[L.Callback]
 
 
 def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_bar: bool) -> Callbacks:
     """Return what shall happen beside the training of a run."""
     checkpoints = Checkpoints(run, signals)
-    training_log = TrainingLog(config.trainer.get("log_every_n_steps") or 50)
+    interval = config.trainer.get("log_every_n_steps") or 50
+    training_log, finite = TrainingLog(interval), FiniteSteps(config.on_nonfinite, interval)
     decay = config.weight_average.decay
     average = None if decay is None else WeightAverage(decay)
     callbacks: list[L.Callback] = [
+        finite,
         training_log,
         *([average] if average else []),
         FinalValidation(),
@@ -54,7 +58,7 @@ def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_ba
         callbacks.append(EarlyStopping("val/loss", patience=config.early_stopping.patience))
     if progress_bar:
         callbacks.append(ProgressBar(training_log))
-    return Callbacks(checkpoints, callbacks)
+    return Callbacks(checkpoints, finite, callbacks)
 
 
 class TrainingLog(L.Callback):

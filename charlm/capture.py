@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
+from charlm.finite import all_finite, withhold
 from charlm.module import OPTIMIZERS, CharLM
 from charlm.network import State
 from charlm.windows import Batch, Starts, gather
@@ -117,11 +118,11 @@ class CapturedCharLM(CharLM):
 
     def on_train_start(self) -> None:
         """Record the step. A run that resumes has its weights, optimizer and random state again by now."""
+        super().on_train_start()
         config, device = self._datamodule.config, self.device
         self._block = self._datamodule.resident_block()
         self._window = config.window
         self._starts = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # (B,)
-        self._loss_sum = self._loss_sum.clone().to(device)
         if config.order == "streams":
             self.carried = self.carried if self.carried is not None else self._zero_state(config.batch_size)
         optimizer = self.trainer.optimizers[0]
@@ -168,7 +169,7 @@ class CapturedCharLM(CharLM):
         """Take a few steps, and then everything back: what they leave is kernels chosen and an optimizer with state."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = scaler.state_dict() if scaler else None
-        places = [*self.parameters(), *_parts(self.carried), self._loss_sum]
+        places = [*self.parameters(), *_parts(self.carried), self._loss_sum, self._losses, self.withheld]
         before = [place.detach().clone() for place in places]
         state_before = {
             parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
@@ -202,6 +203,10 @@ class CapturedCharLM(CharLM):
         (scaler.scale(objective) if scaler else objective).backward()
         if scaler:
             scaler.unscale_(optimizer)
+        else:
+            finite = all_finite(self.parameters())
+            self.withheld += ~finite
+            withhold(optimizer, finite)
         bound, algorithm = self._clip
         if bound is not None and algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.parameters(), bound)
@@ -213,7 +218,7 @@ class CapturedCharLM(CharLM):
         else:
             optimizer.step()
         with torch.no_grad():
-            self._loss_sum += loss.detach()
+            self._count_loss(loss.detach())
             for place, value in zip(_parts(self.carried), _parts(state), strict=False):
                 place.copy_(value)
 
@@ -240,15 +245,8 @@ class CapturedCharLM(CharLM):
             self._rate_set = rate
             self._rate.fill_(rate)
         self._replay()
-        self._steps += 1
         optimizer._on_after_step()
         self._scheduler.step()  # type: ignore[call-arg]
-
-    def take_mean_loss(self) -> Tensor:
-        mean = self._loss_sum / self._steps
-        self._loss_sum.zero_()
-        self._steps = 0
-        return mean
 
     # --- checkpoints: as `CharLM` writes and reads them ---------------------------------------------------------------
 

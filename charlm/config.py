@@ -492,6 +492,7 @@ class TrainSchema:
     """What Hydra composes for `train.py`."""
 
     seed: int = MISSING
+    on_nonfinite: str = MISSING
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     regularization: RegularizationConfig = MISSING
@@ -509,6 +510,7 @@ class TrainConfig:
     """All that `train.py` can be told."""
 
     seed: int
+    on_nonfinite: str  # what to do at a loss or gradient that is not finite: "stop" or "skip" its step; see finite.py
     data: DataConfig
     model: ModelConfig
     regularization: RegularizationConfig
@@ -534,7 +536,7 @@ class TrainConfig:
         }
         apart = ("trainer", "capture", "resolved")
         rooms = {name: _object(cfg, name) for name in cls.__annotations__ if name not in apart}
-        resolved = {name: room if isinstance(room, int) else asdict(room) for name, room in rooms.items()}
+        resolved = {name: room if isinstance(room, int | str) else asdict(room) for name, room in rooms.items()}
         arguments = {name: value for name, value in trainer.items() if name != "capture"}
         capture = trainer.get("capture", "auto")
         return cls(**rooms, trainer=arguments, capture=capture, resolved={**resolved, "trainer": trainer})
@@ -554,6 +556,7 @@ class TrainConfig:
             f"trainer.capture={self.capture} is not one of auto, true, false",
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
+        _one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
 
 @dataclass

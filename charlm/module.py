@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from charlm.datamodule import CharDataModule
+from charlm.finite import all_finite, withhold
 from charlm.metrics import bits, bootstrap_standard_error
 from charlm.network import CharRNN, State
 from charlm.vocabulary import Vocabulary
@@ -68,8 +69,9 @@ class CharLM(L.LightningModule):
         self.vocabulary = Vocabulary(symbols)
         self.network = CharRNN(len(self.vocabulary), **model, regularization=regularization)
         self.carried: State | None = None  # the training state behind the last batch
-        self._loss_sum = torch.zeros(())  # over the steps since someone last looked, a scalar on the device
-        self._steps = 0  # since then
+        # Over the steps since someone last looked, scalars on the device: finite losses, and how many they are.
+        self._loss_sum, self._losses = torch.zeros(()), torch.zeros(())
+        self.withheld = torch.zeros(())  # steps of the run that were not taken, for they were not finite; see finite.py
         self._evaluated_state: State | None = None
         self._scores: dict[str, list[Tensor]] = {}
 
@@ -80,8 +82,7 @@ class CharLM(L.LightningModule):
         nats, state = self._score(batch, None if batch.fresh else self.carried)
         self.carried = _detached(state)
         loss = nats.mean()
-        self._loss_sum = self._loss_sum + loss.detach()
-        self._steps += 1
+        self._count_loss(loss.detach())
         return self.network.regularizer.penalized(loss)
 
     def take_mean_loss(self) -> Tensor:
@@ -89,17 +90,42 @@ class CharLM(L.LightningModule):
 
         Whoever makes a number of it waits for the device: once an interval, not each step.
         """
-        mean = self._loss_sum / self._steps
-        self._loss_sum, self._steps = torch.zeros_like(self._loss_sum), 0
+        mean = self._loss_sum / self._losses
+        self._loss_sum.zero_()
+        self._losses.zero_()
         return mean
 
-    def losses_since_logged(self) -> tuple[float, int]:
-        """Return the sum of the losses that `take_mean_loss` would take, and of how many steps it is."""
-        return float(self._loss_sum), self._steps
+    def on_train_start(self) -> None:
+        """Have the counts where the losses are."""
+        self.count_on(**self.counted())
 
-    def go_on_with_losses(self, loss_sum: float, steps: int) -> None:
-        """Take up what `losses_since_logged` returned before a run was interrupted."""
-        self._loss_sum, self._steps = torch.tensor(loss_sum, device=self.device), steps
+    def counted(self) -> dict[str, float]:
+        """Return what was counted over steps, for a checkpoint."""
+        return {"loss_sum": float(self._loss_sum), "losses": float(self._losses), "withheld": float(self.withheld)}
+
+    def count_on(self, loss_sum: float, losses: float, withheld: float) -> None:
+        """Go on with what `counted` returned before a run was interrupted."""
+        self._loss_sum, self._losses, self.withheld = torch.tensor([loss_sum, losses, withheld], device=self.device)
+
+    def _count_loss(self, loss: Tensor) -> None:
+        """Add a loss, if it is finite. With fp16, whose scaler leaves out a step itself, the step is counted here."""
+        finite = torch.isfinite(loss)
+        self._loss_sum += torch.where(finite, loss, 0.0)
+        self._losses += finite
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.withheld += ~finite
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Withhold a step whose gradient is not finite."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        finite = all_finite(self.parameters())
+        self.withheld += ~finite
+        if self.device.type == "cuda":
+            withhold(optimizer, finite)
+        elif not finite:
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def _score(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         """Return the loss of each character (B, T), 0 where it does not count, and the state behind the last one."""

@@ -81,7 +81,7 @@ class ExactResume(Callback):
         mine: dict[str, Any] = {
             "random": torch.get_rng_state(),
             "carried": _moved(pl_module.carried, "cpu"),
-            "losses": pl_module.losses_since_logged(),
+            "counted": pl_module.counted(),
         }
         if pl_module.device.type == "cuda":
             mine["random_cuda"] = torch.cuda.get_rng_state(pl_module.device)
@@ -129,7 +129,7 @@ class ExactResume(Callback):
         if "random_cuda" in mine and pl_module.device.type == "cuda":
             torch.cuda.set_rng_state(mine["random_cuda"], pl_module.device)
         pl_module.carried = _moved(mine["carried"], pl_module.device)
-        pl_module.go_on_with_losses(*mine["losses"])
+        pl_module.count_on(**mine["counted"])
         for parameter, gradient in zip(pl_module.parameters(), mine.get("gradients", ()), strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
@@ -261,10 +261,10 @@ def _for_other_ranks(checkpoint: dict[str, Any], trainer: L.Trainer) -> list[dic
         ready = batches["ready"]
         for name in batches:  # Lightning's own count of the batches of this epoch
             batches[name] += state["position"] - ready
-    loss_sum = sum(rank["losses"][0] for rank in ranks) / len(ranks)
+    counted = {**ranks[0]["counted"], "loss_sum": sum(rank["counted"]["loss_sum"] for rank in ranks) / len(ranks)}
     carried = [rank["carried"] for rank in ranks]
     whole = _interleaved(carried) if there == here and all(state is not None for state in carried) else None
-    return [{"carried": _every(whole, rank, size), "losses": (loss_sum, ranks[0]["losses"][1])} for rank in range(size)]
+    return [{"carried": _every(whole, rank, size), "counted": counted} for rank in range(size)]
 
 
 def _windows_a_step(trainer: L.Trainer) -> int:

@@ -163,6 +163,44 @@ class SignalAt:
         setattr(owner, name, send_and_call)
 
 
+class Poison:
+    """Makes the loss of the n-th step, and of each such step again, not a number."""
+
+    def __init__(self, *calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self, folder: Path) -> None:
+        import charlm.module
+
+        score, calls = charlm.module.CharLM._score, 0
+
+        def poisoned(model: Any, batch: Any, state: Any) -> Any:
+            nonlocal calls
+            nats, state = score(model, batch, state)
+            calls += model.training
+            return nats * float("nan") if model.training and calls in self.calls else nats, state
+
+        charlm.module.CharLM._score = poisoned  # type: ignore[method-assign]
+
+
+class OutOfMemory:
+    """Has the third step find too little memory, as torch says it."""
+
+    def __call__(self, folder: Path) -> None:
+        import charlm.module
+
+        score, calls = charlm.module.CharLM._score, 0
+
+        def score_or_fail(model: Any, batch: Any, state: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+            return score(model, batch, state)
+
+        charlm.module.CharLM._score = score_or_fail  # type: ignore[method-assign]
+
+
 def kill_after(processes: Sequence[BaseProcess], seconds: float) -> bool:
     """Send SIGKILL in so many seconds; return whether it came before the end."""
     processes[0].join(seconds)
@@ -191,7 +229,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         name: {
             key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "best", "global_step")
         }
-        | {"ranks": [{**rank, "losses": None} for rank in checkpoint["ranks"]]}
+        | {"ranks": checkpoint["ranks"]}
         for name, checkpoint in checkpoints.items()
     }
     return {"rows": rows, "samples": (folder / "samples.jsonl").read_text(), "figures": figures, "kept": kept}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
+import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from itertools import count
@@ -17,6 +21,8 @@ import pytest
 from lives import (
     KillAtFileEvent,
     KillWhileWriting,
+    OutOfMemory,
+    Poison,
     SignalAt,
     begin,
     begin_ranks,
@@ -27,6 +33,9 @@ from lives import (
 )
 
 from charlm.checkpoint import read_checkpoint
+from charlm.config import TrainConfig
+from charlm.errors import InputError
+from train import train
 
 COMBINATIONS = [(cell, order) for cell in ("lstm", "gru", "rnn") for order in ("shuffled", "streams")]
 
@@ -235,3 +244,100 @@ def test_a_run_begun_on_two_processes_goes_on_on_one_with_half_the_steps_size(sm
     assert live(tmp_path / "run", short) == 0, (tmp_path / "run.log").read_text()
     assert [row["step"] for row in outcome(tmp_path / "run")["rows"] if row["val/loss"]] == ["10", "20", "23"]
     assert "data.batch_size=16 keeps the steps as they were" in (tmp_path / "run.log").read_text()
+
+
+# --- numbers that are none ----------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, small, Poison(14)) == 1
+    last = folder.with_suffix(".log").read_text().splitlines()[-1]
+    assert "loss or gradient of step 14 is not finite, at a learning rate of " in last
+    assert f"the last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in last
+    assert status(folder) == "failed"
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 10
+
+
+def test_steps_that_are_no_number_are_left_out_and_counted_where_that_is_asked_for(
+    small: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, [*small, "on_nonfinite=skip"], Poison(4, 5, 14)) == 0
+    assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 3
+    assert "3 steps left out so far" in folder.with_suffix(".log").read_text()
+    assert all(math.isfinite(float(row["train/loss"])) for row in outcome(folder)["rows"] if row["train/loss"])
+
+
+# --- what there is too little of ----------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_which_batch_size_would_fit(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, [*small, "data.batch_size=64"], OutOfMemory()) == 1
+    last = folder.with_suffix(".log").read_text().splitlines()[-1]
+    assert "out of memory on cpu at data.batch_size=64, data.window=20; by estimate data.batch_size=32 fits" in last
+    assert status(folder) == "failed"
+
+
+class FullDisk:
+    """Lets files grow to so many bytes, as a disk does that is nearly full."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+@pytest.mark.parametrize(("size", "which"), [(1500, "metrics.csv|samples.jsonl|next.ckpt"), (40_000, "next.ckpt")])
+def test_a_full_disk_stops_the_run_with_one_line(size: int, which: str, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, [*small, "trainer.max_steps=60"], FullDisk(size)) == 1
+    last = folder.with_suffix(".log").read_text().splitlines()[-1]
+    assert re.search(f"cannot write .*({which}): File too large", last), last
+    assert "Traceback" not in folder.with_suffix(".log").read_text()
+    for path in (folder / "checkpoints").iterdir():
+        read_checkpoint(path)
+    assert live(folder, [*small, "trainer.max_steps=60"]) == 0
+
+
+def test_what_is_written_on_a_full_disk_leaves_the_last_good_checkpoint(
+    small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, small, SignalAt(STEP, 13)) == 143
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    assert live(folder, small, FullDisk(len(before) // 2)) == 1
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    ]
+    assert live(folder, small) == 0
+    assert same(outcome(folder), undisturbed()[0])
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_in_one_line(
+    tiny: list[str], program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = program("train.py", *tiny, "hydra.run.dir=file/run")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "cannot write file/run: Not a directory; choose another folder" in done.stderr
+
+
+def test_a_read_only_disk_is_refused_in_one_line(
+    composed: Callable[..., TrainConfig], small: list[str], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"may not mount a file system: {mounted.stderr.decode()}")
+    try:
+        with pytest.raises(InputError, match=f"cannot write {disk}/run: Read-only file system"):
+            train(composed(*small), disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,98 @@
+"""Steps whose loss or gradient is no finite number: none is taken, and the run stops, or goes on without them.
+
+A step that was taken with such a gradient would leave no weight to go on with. On a GPU the host does not look at each
+step, for it would have to wait: the device itself withholds the step and counts, and the host reads the count once an
+interval.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from charlm.errors import RunStopped
+
+log = logging.getLogger(__name__)
+
+
+def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return whether every gradient is finite, and its square in reach of its type: a boolean scalar on the device."""
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return torch.isfinite(torch.stack(norms)).all()
+
+
+def withhold(optimizer: Optimizer, finite: Tensor) -> None:
+    """Have the optimizer's next step change nothing where `finite` is false, without asking the device.
+
+    Torch's fused optimizers can do so. Of others the gradient is set to zero: what momentum and weight decay do to the
+    weights remains.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.copy_(torch.where(finite, parameter.grad, 0.0))
+
+
+class FiniteSteps(L.Callback):
+    """Looks at how many steps were withheld: on a CPU after each one, else every `interval` steps and validations.
+
+    Args:
+        on_nonfinite: "stop" ends the run at the first; "skip" says so and goes on.
+        interval: optimizer steps.
+    """
+
+    def __init__(self, on_nonfinite: str, interval: int) -> None:
+        self._skips = on_nonfinite == "skip"
+        self._interval = interval
+        self._known = 0
+        self._step = 0  # when it last looked
+        self._rate = 0.0
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were withheld as far as is known."""
+        return self._known
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._known = int(pl_module.withheld)  # type: ignore[arg-type]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.device.type == "cpu" or trainer.global_step % self._interval == 0:
+            self._look(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.training or (trainer.validating and trainer.fit_loop.epoch_loop.val_loop is trainer._active_loop):
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        withheld = pl_module.withheld
+        assert isinstance(withheld, Tensor)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # there each rank counts losses of its own
+            withheld = trainer.strategy.reduce(withheld, reduce_op="sum")
+        count, earlier, first = int(withheld), self._known, self._step + 1
+        self._known, self._step = count, trainer.global_step
+        if count == earlier:
+            return
+        where = f"step {first:,}" if first >= self._step else f"a step from {first:,} to {self._step:,}"
+        what = f"loss or gradient of {where} is not finite, at a learning rate of {self._rate:.2e}"
+        if self._skips:
+            log.warning(f"{what}; {count:,} steps left out so far")
+        else:
+            raise RunStopped(f"{what}; lower optimizer.learning_rate, or leave such steps out with on_nonfinite=skip")

@@ -1,0 +1,89 @@
+"""Out of memory: said in one line, with the batch size that would fit by estimate."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from charlm.datamodule import CharDataModule
+from charlm.errors import RunStopped
+from charlm.module import CharLM
+from charlm.network import CharRNN
+
+SHARE = 0.9  # of a device's memory that a run can count on: its driver and the gaps between blocks take the rest
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@contextmanager
+def within_memory(model: CharLM, data: CharDataModule) -> Iterator[None]:
+    """Around what may take too much memory.
+
+    Raises:
+        RunStopped: it did.
+    """
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and not any(sign in str(error) for sign in _SIGNS):
+            raise
+        batch_size, window = data.config.batch_size, data.config.window
+        fits = batch_size_that_fits(model, data, _wanted(str(error), model.device))
+        remedy = (
+            f"by estimate data.batch_size={fits} fits"
+            if fits
+            else "by estimate not even one window fits: make data.window or the model smaller"
+        )
+        raise RunStopped(
+            f"out of memory on {model.device} at data.batch_size={batch_size}, data.window={window}; {remedy}"
+        ) from None
+
+
+# How cuDNN and torch's CPU allocator say it, each in an error of the most general type.
+_SIGNS = ("CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+
+
+def batch_size_that_fits(model: CharLM, data: CharDataModule, seen: int = 0) -> int:
+    """Return how many windows fit on the model's device beside the weights, by estimate; fewer than did not; or 0.
+
+    Args:
+        model: what is trained.
+        data: with the batch size that was too large.
+        seen: bytes that had been taken or asked for when memory ran out: more than that the batch needs.
+    """
+    batch_size = data.config.batch_size
+    weights = model.network.size * 4 * 4  # bytes; weights, gradients, and the optimizer's two means
+    text = data.corpus.block.nbytes if data.resident_on is not None else 0
+    free = SHARE * _memory(model.device) - weights - text
+    window = max(window_bytes(model.network, data.config.window), (seen - weights - text) / batch_size)
+    fits = min(int(free / window), batch_size // 2)
+    return max(0, fits - fits % 8 if fits > 8 else fits)
+
+
+def window_bytes(network: CharRNN, window: int) -> float:
+    """Return about how many bytes a window's forward and backward pass keep, in fp32.
+
+    A recurrent layer keeps gates, state and output of each character, and the gradients of these; the output layer
+    scores, their softmax and the gradients of both.
+    """
+    rnn = network.rnn
+    gates = {torch.nn.LSTM: 4, torch.nn.GRU: 3}.get(type(rnn), 1)
+    recurrent = 2 * rnn.num_layers * (gates + 2) * rnn.hidden_size
+    output = 4 * network.output.out_features + 2 * rnn.input_size
+    return 4.0 * float(window * (recurrent + output))
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _wanted(message: str, device: torch.device) -> int:
+    """Return how many bytes there were at most, with those that were asked for in vain."""
+    asked = re.search(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB)", message)
+    more = int(float(asked[1]) * _UNITS[asked[2]]) if asked else 0
+    return more + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
