@@ -15,7 +15,11 @@ from charlm.config import SampleConfig, TrainConfig, TrainerConfig
 from charlm.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-CHOICES = sorted(path.relative_to(ROOT / "conf").with_suffix("") for path in (ROOT / "conf").glob("*/**/*.yaml"))
+CHOICES = sorted(
+    path.relative_to(ROOT / "conf").with_suffix("")
+    for path in (ROOT / "conf").glob("*/**/*.yaml")
+    if "hydra" not in path.parts  # groups of Hydra's own
+)
 # What charlm gives Lightning's Trainer itself, and what would switch that off; and what is charlm's own.
 OURS = {
     "self",
