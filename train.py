@@ -89,7 +89,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     refuse_ranks_in_a_shared_process(trainer)
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)
-    captured = captures(config.capture, trainer, data, config.optimizer.name)
+    captured = captures(config.capture, trainer, config.optimizer.name)
     build = CapturedCharLM if captured else CharLM
     model = build(
         vocabulary.symbols,

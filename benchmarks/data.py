@@ -169,7 +169,10 @@ def measure(path: str, cache: str) -> None:
 
 def large(text: str, size: int) -> None:
     print(f"\nA text of {size / 1e9:.1f} GB beside one of 1 MB: LSTM 128, batch 32, 100 steps behind the first 20")
-    print(f"{'text':<18}{'prepare MB/s':>14}{'peak MB over imports':>22}{'ms a step':>11}{'100 steps, s':>14}")
+    print(
+        f"{'text':<18}{'prepare MB/s':>14}{'peak MB over imports':>22}{'ms a step':>11}{'100 steps, s':>14}{'ratio':>7}"
+    )
+    small = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for name, length in (("1 MB", MEGABYTE), (f"{size / 1e9:.1f} GB", size), ("the same, cached", size)):
             path = Path(folder) / f"{length}.txt"
@@ -179,11 +182,45 @@ def large(text: str, size: int) -> None:
             command = [sys.executable, "-W", "ignore", __file__, "--measure", str(path), folder]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             facts = json.loads(output.splitlines()[-1])
+            hundred = facts["hundred_steps"]
+            small = hundred if name == "1 MB" else small
             print(
-                f"{name:<18}{facts['megabytes_a_second']:>14,.0f}{facts['memory']:>22,.0f}{facts['step']:>11.2f}"
-                f"{facts['hundred_steps']:>14.2f}",
+                f"{name:<18}{facts['megabytes_a_second']:>14,.0f}{facts['memory']:>17,.0f}{facts['step']:>11.2f}"
+                f"{hundred:>14.2f}{hundred / small:>7.2f}",
                 flush=True,
             )
+        for block_file in Path(folder).rglob("block.bin"):  # one, unless the text was too small to be kept
+            from_disk(block_file)
+
+
+def from_disk(block_file: Path) -> None:
+    """Print how long batches take whose windows are not in memory yet, with and without asking for them before."""
+    import torch
+
+    from charlm.windows import ShuffledBatches, Windows
+
+    print(f"\nThe first 100 batches of {BATCH} windows of a block on disk of {block_file.stat().st_size / 1e9:.1f} GB")
+    print(f"{'':<44}{'ms a batch':>12}")
+    for name, in_memory, asks in (
+        ("all of it in memory", True, True),
+        ("not in memory, each window waited for", False, False),
+        ("not in memory, asked for a batch before", False, True),
+    ):
+        if in_memory:
+            block_file.read_bytes()
+        else:
+            os.sync()
+            with block_file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = np.memmap(block_file, np.uint8, mode="c")
+        block = torch.from_numpy(mapped)
+        windows = Windows([(0, len(block))], WINDOW)
+        batches = iter(ShuffledBatches(block, windows, BATCH, seed=0, mapped=mapped if asks else None))
+        begun = time.perf_counter()
+        for _ in range(100):
+            next(batches)
+        print(f"{name:<44}{(time.perf_counter() - begun) * 10:>12.2f}", flush=True)
+        del batches, block, mapped  # what is mapped cannot be taken out of memory
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ class BareGraph(CapturedCharLM):
             if step == self.skip:
                 synchronize()
                 begun = time.perf_counter()
-            self._starts.copy_(next(batches).starts)
+            self._given.copy_(next(batches).starts)
             self._replay()
         synchronize()
         type(self).seconds = time.perf_counter() - begun

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import shutil
 import zlib
@@ -79,6 +80,20 @@ def cached_block(folder: Path, key: str, build: Callable[[Path], dict[str, Any]]
         return found
     finally:
         lock.release()
+
+
+def advise(mapped: np.memmap[Any, Any], advice: str, start: int, stop: int) -> None:
+    """Tell the system how a part of a mapped block will be used, where it can be told.
+
+    Args:
+        mapped: the block.
+        advice: "WILLNEED" has it read at once, without waiting; "DONTNEED" takes it out of this process's memory.
+        start: the first element of the part.
+        stop: the one behind its last.
+    """
+    if code := getattr(mmap, f"MADV_{advice}", None):  # not on Windows
+        first = start * mapped.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped._mmap.madvise(code, first, stop * mapped.itemsize - first)  # type: ignore[attr-defined]
 
 
 def _opened(place: Path) -> tuple[Ids, dict[str, Any]] | None:

@@ -3,8 +3,10 @@
 A small network's step is a thousand kernels of a few microseconds each. Started one by one from Python, the device
 waits for most of them; a graph starts them all at once (Gray, "Getting started with CUDA graphs", 2019).
 
-    outside    where the windows begin ---> starts        the learning rate ---> rate
+    outside    where the windows begin ---> given        the learning rate ---> rate
     the graph  gather from the block -> forward -> backward -> clip -> optimizer -> sum of losses, carried state
+
+A text too large for the device stays in the host's memory; then the windows themselves are given, and none is gathered.
 
 What a replay reads and writes lies in fixed places, so every batch must have one shape, and whatever changes from step
 to step is copied into its place before. Random numbers go on from replay to replay: torch advances the generator.
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -37,13 +40,12 @@ WARM_UP_STEPS = 3  # libraries choose their kernels and take their memory in the
 LARGEST_SHARE = 0.25  # of the device's free memory that a text may take
 
 
-def captures(setting: str | bool, trainer: L.Trainer, data: CharDataModule, optimizer: str) -> bool:
+def captures(setting: str | bool, trainer: L.Trainer, optimizer: str) -> bool:
     """Return whether the step of a run shall be a CUDA graph.
 
     Args:
         setting: `trainer.capture`: "auto" captures where it can, True must, False never does.
         trainer: whose device, precision and accumulation decide.
-        data: whose text must fit on the device.
         optimizer: its name in `OPTIMIZERS`.
 
     Raises:
@@ -51,13 +53,13 @@ def captures(setting: str | bool, trainer: L.Trainer, data: CharDataModule, opti
     """
     if setting is False:
         return False
-    obstacle = _obstacle(trainer, data, optimizer)
+    obstacle = _obstacle(trainer, optimizer)
     if setting is True and obstacle:
         raise InputError(f"trainer.capture=true is not to be had: {obstacle}; trainer.capture=auto trains without")
     return not obstacle
 
 
-def _obstacle(trainer: L.Trainer, data: CharDataModule, optimizer: str) -> str | None:
+def _obstacle(trainer: L.Trainer, optimizer: str) -> str | None:
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return f"it needs a CUDA device, and this run is on {trainer.accelerator.name()}"
@@ -74,10 +76,12 @@ def _obstacle(trainer: L.Trainer, data: CharDataModule, optimizer: str) -> str |
         return f"optimizer={optimizer} asks the host whether a gradient of fp16 overflowed"
     if trainer._detect_anomaly:
         return "trainer.detect_anomaly looks at every step"
-    free, _ = torch.cuda.mem_get_info(device)
-    if data.corpus.block.nbytes > LARGEST_SHARE * free:
-        return f"the text takes {data.corpus.block.nbytes:,} bytes, and the device has {free:,} free"
     return None
+
+
+def _fits(data: CharDataModule, device: torch.device) -> bool:
+    """Return whether the text can lie on a device, beside all else that training needs there."""
+    return device.type != "cuda" or data.corpus.block.nbytes <= LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 # What lets the host stay out of an optimizer's step.
@@ -108,21 +112,27 @@ class CapturedCharLM(CharLM):
         return _FLAGS[self.hparams["optimizer"]["name"]]
 
     def take_over(self, trainer: L.Trainer, data: CharDataModule) -> None:
-        """Take from `trainer` the clipping of gradients, and from `data` the gathering of windows, into the step."""
+        """Take from `trainer` the clipping of gradients, and from `data`, where its text fits on the device, the
+        gathering of windows into the step.
+        """
         algorithm = trainer.gradient_clip_algorithm
         self._clip = trainer.gradient_clip_val or None, str(getattr(algorithm, "value", algorithm) or "norm")
         trainer.gradient_clip_val = None
-        data.resident_on = trainer.strategy.root_device
+        data.resident_on = trainer.strategy.root_device if _fits(data, trainer.strategy.root_device) else None
 
     # --- recording --------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Record the step. A run that resumes has its weights, optimizer and random state again by now."""
         super().on_train_start()
-        config, device = self._datamodule.config, self.device
-        self._block = self._datamodule.resident_block()
+        data, config, device = self._datamodule, self._datamodule.config, self.device
         self._window = config.window
-        self._starts = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # (B,)
+        self._block = data.resident_block() if data.resident_on else None
+        if self._block is not None:
+            self._given = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # (B,) where windows begin
+        else:
+            windows = np.zeros((config.batch_size, config.window + 1), data.corpus.block.dtype)
+            self._given = torch.from_numpy(windows).to(device)  # (B, T + 1)
         if config.order == "streams":
             self.carried = self.carried if self.carried is not None else self._zero_state(config.batch_size)
         optimizer = self.trainer.optimizers[0]
@@ -195,7 +205,8 @@ class CapturedCharLM(CharLM):
         """One training step, without a word to the host."""
         plugin = self.trainer.precision_plugin
         scaler = getattr(plugin, "scaler", None)
-        batch = Batch(gather(self._block, self._starts, self._window), fresh=self.carried is None)
+        tokens = self._given if self._block is None else gather(self._block, self._given, self._window)
+        batch = Batch(tokens, fresh=self.carried is None)
         with plugin.forward_context():
             nats, state = self._score(batch, self.carried)
             loss = nats.mean()
@@ -231,12 +242,12 @@ class CapturedCharLM(CharLM):
 
     # --- replaying --------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Starts, batch_idx: int) -> None:  # type: ignore[override]
-        """Train on the windows that begin at `batch.starts`."""
+    def training_step(self, batch: Starts | Batch, batch_idx: int) -> None:
+        """Train on the windows that begin at the starts given, or on those given themselves."""
         assert self._replay is not None
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer._on_before_step()  # here and below Lightning counts
-        self._starts.copy_(batch.starts)
+        self._given.copy_(batch.starts if isinstance(batch, Starts) else batch.tokens)
         if batch.fresh:
             for part in _parts(self.carried):
                 part.zero_()

@@ -75,15 +75,22 @@ class CharDataModule(L.LightningDataModule):
         return self._block.to(self.resident_on)
 
     def _train_batches(self, rank: int, world_size: int) -> Batches:
-        batch_size, window, on = self.config.batch_size, self.config.window, self.resident_on
+        batch_size, window = self.config.batch_size, self.config.window
+        on, pinned = self.resident_on, self._pinned
         if self.config.order == "shuffled":
-            return ShuffledBatches(self._block, self._windows, batch_size, self.seed, rank, world_size, on)
+            given = (self._block, self._windows, batch_size, self.seed)
+            return ShuffledBatches(*given, rank, world_size, on, pinned, mapped=self.corpus.block)
         lanes = stream_lanes(self.corpus.segments["train"], batch_size * world_size, window)
-        return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size, on)
+        return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size, on, pinned)
 
     def _evaluation_batches(self, split: str) -> Batches:
-        lanes = evaluation_lanes(self.corpus.segments[split], self.config.eval_lanes)
-        return LaneBatches(self._block, lanes, self.config.eval_lanes, self.config.window, *self._place())
+        lanes, window = self.config.eval_lanes, self.config.window
+        segments = evaluation_lanes(self.corpus.segments[split], lanes)
+        return LaneBatches(self._block, segments, lanes, window, *self._place(), pinned=self._pinned)
+
+    @property
+    def _pinned(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _place(self) -> tuple[int, int]:
         assert self.trainer is not None

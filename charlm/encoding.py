@@ -7,7 +7,6 @@ A block is an array, or where it is too large, a memory-mapped file.
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from charlm.cache import advise
 from charlm.sources import Piece
 from charlm.vocabulary import END, END_CODE, Ids, code_points, looked_up, looked_up_characters
 
@@ -206,4 +206,4 @@ def _chunks(block: Ids, start: int, stop: int) -> Iterator[Ids]:
         yield block[first : min(first + CHUNK, stop)]
         if isinstance(block, np.memmap) and stop - start > CHUNK:
             # What was read or changed lies in the system's page cache, which takes it to disk; not in our memory too.
-            block._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            advise(block, "DONTNEED", 0, len(block))

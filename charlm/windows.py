@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from charlm.cache import advise
 from charlm.corpus import Segment
 from charlm.errors import InputError
+from charlm.vocabulary import Ids
 
 Int64 = npt.NDArray[np.int64]
 
@@ -131,10 +133,12 @@ class Batches:
 
     Args:
         starts_on: None gives the windows themselves (`Batch`); a device, only where they begin (`Starts`), on it.
+        pinned: whether windows are laid where a CUDA device reads them by itself, so that nothing waits for the copy.
     """
 
-    def __init__(self, starts_on: torch.device | None = None) -> None:
+    def __init__(self, starts_on: torch.device | None = None, pinned: bool = False) -> None:
         self.starts_on = starts_on
+        self.pinned = pinned
         self.epoch = 0
         self.position = 0  # batches of this epoch already given
 
@@ -152,7 +156,10 @@ class Batches:
             self.epoch, self.position = self.epoch + 1, 0
         for batch in self.batches(self.epoch, self.position):
             self.position += 1
-            yield batch
+            if self.pinned and isinstance(batch, Batch):
+                yield batch._replace(tokens=batch.tokens.pin_memory())
+            else:
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the place in the text, as plain numbers."""
@@ -181,9 +188,12 @@ class ShuffledBatches(Batches):
         rank: int = 0,
         world_size: int = 1,
         starts_on: torch.device | None = None,
+        pinned: bool = False,
+        mapped: Ids | None = None,
     ) -> None:
-        super().__init__(starts_on)
+        super().__init__(starts_on, pinned)
         self._block = block
+        self._mapped = mapped if isinstance(mapped, np.memmap) else None
         self._windows = windows
         self._batch_size = batch_size
         self._seed = seed
@@ -209,11 +219,23 @@ class ShuffledBatches(Batches):
             yield from starts.to(self.starts_on or "cpu", non_blocking=True)
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch | Starts]:
-        for starts in self.starts(epoch, start):
-            if self.starts_on:
-                yield Starts(starts, fresh=True)
-            else:
+        if self.starts_on:
+            yield from (Starts(starts, fresh=True) for starts in self.starts(epoch, start))
+            return
+        for starts, following in pairwise(chain([None], self.starts(epoch, start), [None])):
+            if following is not None:
+                self._ask_for(following)
+            if starts is not None:
                 yield Batch(gather(self._block, starts, self._windows.window), fresh=True)
+
+    def _ask_for(self, starts: Tensor) -> None:
+        """Have the system read a batch's windows from disk, all at once, while the batch before it is used.
+
+        Gathered without it, each would be waited for by itself.
+        """
+        if self._mapped is not None:
+            for start in starts.tolist():
+                advise(self._mapped, "WILLNEED", start, start + self._windows.window + 1)
 
 
 class LaneBatches(Batches):
@@ -228,8 +250,9 @@ class LaneBatches(Batches):
         rank: int = 0,
         world_size: int = 1,
         starts_on: torch.device | None = None,
+        pinned: bool = False,
     ) -> None:
-        super().__init__(starts_on)
+        super().__init__(starts_on, pinned)
         self._block = block
         self._window = window
         share = math.ceil(at_a_time / world_size)

@@ -171,6 +171,19 @@ def test_a_captured_run_is_the_eager_run(tmp_path: Path, cell: str, order: str, 
 
 
 @everywhere
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_text_too_large_for_the_device_is_trained_on_alike(
+    tmp_path: Path, order: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, _, first = train(tmp_path / "a", CapturedCharLM, device, order=order)
+    monkeypatch.setattr(capture, "_fits", lambda data, device: False)
+    given, trainer, second = train(tmp_path / "b", CapturedCharLM, device, order=order)
+    assert trainer.datamodule.resident_on is None  # type: ignore[attr-defined]
+    assert given.losses == pytest.approx(resident.losses, abs=1e-3)
+    assert close(first, second, 2e-3)
+
+
+@everywhere
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_each_optimizer_takes_the_same_steps_captured(tmp_path: Path, optimizer: str, device: str) -> None:
     if not set(capture._FLAGS[optimizer]) <= inspect.signature(OPTIMIZERS[optimizer]).parameters.keys():
@@ -245,18 +258,18 @@ def test_starts_name_the_windows_that_batches_hold(tmp_path: Path, order: str) -
     ],
 )
 def test_where_capture_cannot_be_it_is_refused_or_left(tmp_path: Path, arguments: dict[str, Any], why: str) -> None:
-    trainer, data = build_trainer({"devices": 1, **arguments}), data_of(tmp_path)
-    assert not captures("auto", trainer, data, "adamw")
-    assert not captures(False, trainer, data, "adamw")
+    trainer = build_trainer({"devices": 1, **arguments})
+    assert not captures("auto", trainer, "adamw")
+    assert not captures(False, trainer, "adamw")
     with pytest.raises(InputError, match=why):
-        captures(True, trainer, data, "adamw")
+        captures(True, trainer, "adamw")
 
 
 @cuda
 def test_on_one_cuda_device_capture_is_the_default(tmp_path: Path) -> None:
-    trainer, data = build_trainer({"accelerator": "gpu", "devices": 1}), data_of(tmp_path)
-    assert captures("auto", trainer, data, "adamw")
-    assert not captures(False, trainer, data, "adamw")
+    trainer = build_trainer({"accelerator": "gpu", "devices": 1})
+    assert captures("auto", trainer, "adamw")
+    assert not captures(False, trainer, "adamw")
 
 
 @cuda

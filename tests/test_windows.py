@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from charlm.cache import advise
 from charlm.errors import InputError
 from charlm.windows import (
     Batch,
@@ -107,6 +109,38 @@ def test_a_restored_place_goes_on_as_if_never_left(taken: int) -> None:
     while len(found) < len(expected):
         found += rows(resumed)
     assert found == expected
+
+
+@pytest.mark.parametrize("taken", [0, 3, 7])
+def test_windows_on_disk_are_asked_for_once_and_a_batch_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    np.arange(200, dtype=np.int16).tofile(tmp_path / "block")
+    mapped = np.memmap(tmp_path / "block", np.int16, mode="c")
+    asked: list[int] = []
+    monkeypatch.setattr("charlm.windows.advise", lambda block, advice, start, stop: asked.append(start))
+    in_memory, on_disk = (
+        ShuffledBatches(torch.from_numpy(block), Windows([(0, 200)], 5), 8, seed=3, mapped=block)
+        for block in (np.array(mapped), mapped)
+    )
+    for batches in (in_memory, on_disk):
+        batches.load_state_dict({"epoch": 1, "position": taken})
+    expected = [batch.tokens[:, 0].tolist() for batch in in_memory]
+    assert asked == []
+    for number, batch in enumerate(on_disk):
+        assert batch.tokens[:, 0].tolist() == expected[number]
+        assert asked == list(itertools.chain(*expected[: number + 2]))
+        assert on_disk.state_dict() == {"epoch": 1, "position": taken + number + 1}
+
+
+def test_any_part_of_a_mapped_block_can_be_asked_for(tmp_path: Path) -> None:
+    content = np.arange(3 * 4096, dtype=np.int32)
+    content.tofile(tmp_path / "block")
+    mapped = np.memmap(tmp_path / "block", np.int32, mode="c")
+    for start, stop in ((0, 1), (1023, 1025), (5000, 9000), (3 * 4096 - 1, 3 * 4096)):
+        advise(mapped, "WILLNEED", start, stop)
+        advise(mapped, "DONTNEED", start, stop)
+    assert np.array_equal(mapped, content)
 
 
 def scored(batches: list[Batch]) -> list[int]:
