@@ -396,7 +396,7 @@ class EvaluationConfig:
     ngram_order: int = MISSING
     baselines_up_to: int = MISSING
     dynamic: str | None = MISSING
-    dynamic_learning_rate: float = MISSING
+    dynamic_learning_rate: float | None = MISSING
     dynamic_decay: float = MISSING
     dynamic_window: int = MISSING
 
@@ -406,7 +406,7 @@ class EvaluationConfig:
         if self.dynamic is not None:
             _one_of("evaluation.dynamic", self.dynamic, ("sgd", "rms"))
         _check(
-            0 < self.dynamic_learning_rate < math.inf,
+            self.dynamic_learning_rate is None or 0 < self.dynamic_learning_rate < math.inf,
             f"evaluation.dynamic_learning_rate={self.dynamic_learning_rate} must be a number above 0",
         )
         _check(

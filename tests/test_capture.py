@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from charlm import capture
+from charlm.averaging import WeightAverage
 from charlm.callbacks import FinalValidation, TrainingLog
 from charlm.capture import CapturedCharLM, captures
 from charlm.config import TextConfig
@@ -311,7 +312,7 @@ def test_between_two_readings_of_the_loss_the_host_never_waits(tmp_path: Path, o
     trainer = build_trainer(
         {"accelerator": "gpu", "devices": 1, "max_steps": 29, "max_epochs": -1, "gradient_clip_val": 0.5}
         | {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0},
-        callbacks=[TrainingLog(10), watch],
+        callbacks=[TrainingLog(10), WeightAverage(0.99), watch],
         enable_checkpointing=False,
     )
     sizes = {"cell": "lstm", "hidden_size": 16, "num_layers": 2, "dropout": 0.5}
