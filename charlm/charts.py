@@ -176,13 +176,15 @@ def _against(results: Sequence[Result], name: str, title: str, number_format: st
     split = "test" if all(row["tested"] for row in rows) else "test, or else validation"
     costs = [row["cost"] for row in rows]
     log = min(costs) > 0 and max(costs) > 5 * min(costs)
+    wide = [min(costs) / 1.3, max(costs) * 1.3]
+    scale = alt.Scale(type="log", domain=wide, nice=False) if log else alt.Scale(zero=False, padding=16)
     base = alt.Chart(
         alt.InlineData(values=rows), title=f"Loss ({split}), bits per character", width=_WIDTH, height=_HEIGHT
     ).encode(
         x=alt.X(
             "cost:Q",
             title=f"{title}{' (logarithmic)' if log else ''}",
-            scale=alt.Scale(type="log", padding=16) if log else alt.Scale(zero=False, padding=16),
+            scale=scale,
             axis=alt.Axis(format=number_format, tickCount=5),
         ),
         color=_cell_color(rows),

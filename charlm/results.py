@@ -20,6 +20,8 @@ from charlm.metrics import bits
 # Settings that are told by other columns, or say nothing of the training.
 _TOLD_APART = ("model.cell", "model.num_layers", "model.hidden_size", "sampling.", "logger.", "data.cache_dir")
 
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one: ten times as fast
+
 
 @dataclass(frozen=True)
 class Result:
@@ -33,7 +35,7 @@ class Result:
     def of(cls, folder: Path, below: Path) -> Result | None:
         """Read a run's configuration; None where there is no run that has begun."""
         try:
-            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _SAFE_LOADER)
         except (OSError, ValueError, yaml.YAMLError):
             return None
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):

@@ -85,7 +85,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     sweep, target = map(Path, sys.argv[1:])
-    picture(sweep / "report.html", 1200, 1420, target / "report.png")
+    picture(sweep / "report.html", 1200, 1070, target / "report.png")
     with tempfile.TemporaryDirectory(prefix="charlm-") as folder:
         # A copy, for leet remembers beside the data what it was told.
         shutil.copytree(
