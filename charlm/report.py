@@ -13,7 +13,6 @@ import csv
 import importlib.util
 import io
 import logging
-import os
 import sys
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from charlm.console import heading, printable
-from charlm.errors import InputError
+from charlm.errors import InputError, RunStopped
 from charlm.files import write_whole
 from charlm.results import Result, read_results, table, varied
 
@@ -45,7 +44,7 @@ def write_report(folder: Path, pictures: bool = True) -> None:
     results = read_results(folder)
     write_whole(folder / "sweep.csv", _csv(table(results)))
     if not can_draw():
-        log.warning(f"report.html is not written: `{INSTALL}` installs what draws it")
+        _say_what_is_missing()
         return
     from charlm.charts import draw_figures, picture
 
@@ -59,9 +58,12 @@ def write_report(folder: Path, pictures: bool = True) -> None:
 
     for name, charts in figures.items():
         drawn = vl_convert.vegalite_to_png(picture(charts), vl_version=_vegalite(), scale=1.5, config=CONFIG)
-        beside = folder / f"report_{name}.png.part"
-        beside.write_bytes(drawn)
-        os.replace(beside, folder / f"report_{name}.png")
+        write_whole(folder / f"report_{name}.png", drawn)
+
+
+@cache
+def _say_what_is_missing() -> None:
+    log.warning(f"report.html is not written: `{INSTALL}` installs what draws it")  # once, not after each job
 
 
 def can_draw() -> bool:
@@ -174,9 +176,9 @@ def main() -> None:
         if not can_draw():
             raise InputError(f"report.html needs packages that are not installed: `{INSTALL}`")
         write_report(folder)
-    except (InputError, OSError) as error:
+    except (InputError, RunStopped) as error:
         print(f"charlm.report: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
     log.info(f"written: {folder / 'report.html'}, {folder / 'sweep.csv'}")
 
 

@@ -38,7 +38,7 @@ class Result:
             config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _SAFE_LOADER)
         except (OSError, ValueError, yaml.YAMLError):
             return None
-        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or "cell" not in config["model"]:
             return None
         name = folder.relative_to(below).as_posix() if folder != below else folder.name
         return cls(folder, name, dict(_flat(config)))

@@ -155,11 +155,13 @@ def test_without_the_packages_that_draw_there_is_the_table_and_a_line_that_says_
     sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report._say_what_is_missing.cache_clear()
     with caplog.at_level(logging.WARNING, "charlm"):
-        write_report(sweep)
+        for _ in range(2):
+            write_report(sweep)
     assert len(rows(sweep)) == 9
     assert not (sweep / "report.html").exists()
-    assert "pip install" in caplog.text
+    assert caplog.text.count("pip install") == 1
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
