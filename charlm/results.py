@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,8 +126,8 @@ class Result:
 
     @property
     def command(self) -> str:
-        """How it was started."""
-        return " ".join(["python", *map(str, self.end["command"])]) if "command" in self.end else ""
+        """How it was started, as a shell takes it."""
+        return shlex.join(["python", *map(str, self.end["command"])]) if "command" in self.end else ""
 
 
 def read_results(folder: Path) -> list[Result]:

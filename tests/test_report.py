@@ -47,7 +47,7 @@ def make_run(folder: Path, cell: str, size: int, loss: float, **settings: Any) -
         rows.append({"step": 100, "temperature": temperature, "prompt": "The ", "text": text, **measures})
     (folder / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     end = {"status": "completed", "val/loss": loss, "test/bpc": loss / 0.7, "test/bpc_standard_error": 0.02}
-    end |= {"parameters": size * size, "seconds": 12.5, "command": ["train.py", f"model={cell}"]}
+    end |= {"parameters": size * size, "seconds": 12.5, "command": ["train.py", f"model={cell}", "data.path=my text"]}
     (folder / "result.json").write_text(json.dumps(end))
     return folder
 
@@ -95,7 +95,7 @@ def test_every_run_is_in_the_table_whatever_its_state(sweep: Path) -> None:
     assert found["failed"]["cause"].startswith("RuntimeError: out of memory </script>")
     assert float(found["lstm-64x1"]["val_bpc"]) == pytest.approx((1 + 10 / 64) / 0.6931, rel=1e-3)
     assert float(found["killed"]["val_bpc"]) > 1  # the best that it had come to
-    assert found["lstm-64x1"]["command"] == "python train.py model=lstm"
+    assert found["lstm-64x1"]["command"] == "python train.py model=lstm 'data.path=my text'"
 
 
 def test_settings_that_differ_are_columns_and_those_of_sampling_are_not(tmp_path: Path) -> None:
