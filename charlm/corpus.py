@@ -28,10 +28,8 @@ from charlm.cache import cache_folder, cached_block
 from charlm.config import DataConfig
 from charlm.encoding import Draft, by_first_appearance, count, encode, relabel, reorder
 from charlm.errors import InputError
-from charlm.sources import Source, find_source
+from charlm.sources import SPLITS, Source, find_source
 from charlm.vocabulary import END, END_CODE, Ids, Vocabulary
-
-SPLITS = ("train", "val", "test")
 
 Segment = tuple[int, int]  # (start, stop), in characters of the block
 
@@ -155,7 +153,7 @@ def _split(draft: Draft, config: DataConfig) -> dict[str, list[Segment]]:
         if config.split == "documents":
             bounds = [0, *(int(ends[np.abs(ends - cut).argmin()]) for cut in bounds[1:-1]), text_end]
         elif config.split == "source":
-            counted = [draft.splits.count(split) for split in SPLITS]
+            counted = np.bincount(draft.splits, minlength=len(SPLITS))
             bounds = [0, *(int(ends[n - 1]) if n else 0 for n in np.cumsum(counted))]
         cuts = [bounds]
     segments: dict[str, list[Segment]] = {split: [] for split in SPLITS}
@@ -171,7 +169,7 @@ def _lay_by_split(draft: Draft, config: DataConfig) -> None:
     Raises:
         InputError: a source without splits, or one whose training split is missing.
     """
-    splits = np.array([SPLITS.index(split) if split in SPLITS else -1 for split in draft.splits])
+    splits = draft.splits
     if (splits < 0).any() or not (splits == 0).any():
         lacks = "splits" if (splits < 0).any() else "training split"
         raise InputError(
@@ -184,7 +182,6 @@ def _lay_by_split(draft: Draft, config: DataConfig) -> None:
     sizes = [round(len(train) * config.fractions[split] / whole) for split in lacking]
     for split, drawn in zip(lacking, np.split(train, np.cumsum(sizes, dtype=int)), strict=False):  # the rest is train
         splits[drawn] = split
-    draft.splits = [SPLITS[split] for split in splits]
     reorder(draft, np.argsort(splits, kind="stable"))
 
 

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 
 from charlm.config import DataConfig
-from charlm.corpus import SPLITS, Corpus, load_corpus
+from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
+from charlm.sources import SPLITS
 from charlm.windows import Batches, LaneBatches, ShuffledBatches, Windows, evaluation_lanes, stream_lanes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from charlm.cache import advise
-from charlm.sources import Piece
+from charlm.sources import SPLITS, Piece
 from charlm.vocabulary import END, END_CODE, Ids, code_points, looked_up, looked_up_characters
 
 CHUNK = 2**22  # characters changed or counted at a time
@@ -32,7 +33,7 @@ class Draft:
     block: Ids  # shape (characters,)
     alphabet: npt.NDArray[np.int64]  # code point of each id; id 0 is none's
     ends: npt.NDArray[np.int64]  # where each document ends, its separator included
-    splits: list[str | None]  # what the source says of each document
+    splits: npt.NDArray[np.int8]  # of each document, the place in `SPLITS` of the one that its source says; -1: none
 
 
 def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, progress: Any) -> Draft:
@@ -50,8 +51,7 @@ def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, pr
         InputError: a lone surrogate in the text.
     """
     writer = _Writer(file)
-    ends: list[int] = []
-    splits: list[str | None] = []
+    ends, splits = array("q"), array("b")  # there may be millions of documents
     begun = 0
     with closing(writer):
         for piece in pieces:
@@ -63,11 +63,11 @@ def encode(pieces: Iterable[Piece], separator: str | None, file: Path | None, pr
                     writer.write(separator)
                 begun = writer.length
                 ends.append(begun)
-                splits.append(piece.split)
+                splits.append(SPLITS.index(piece.split) if piece.split else -1)
             progress.update(piece.size)
     alphabet = np.zeros(1 + len(writer.codes), dtype=np.int64)
     alphabet[1:] = writer.codes
-    return Draft(writer.block(), alphabet, np.array(ends, dtype=np.int64), splits)
+    return Draft(writer.block(), alphabet, np.array(ends, dtype=np.int64), np.array(splits, dtype=np.int8))
 
 
 class _Writer:
@@ -143,7 +143,8 @@ class _Writer:
 def reorder(draft: Draft, order: npt.NDArray[np.int64]) -> None:
     """Lay the documents of a draft in another order, in place."""
     starts = np.concatenate([[0], draft.ends[:-1]])
-    ranges = [(int(starts[i]), int(draft.ends[i])) for i in order]
+    ranges = zip(starts[order].tolist(), draft.ends[order].tolist(), strict=True)
+    lengths = (draft.ends - starts)[order]
     if isinstance(draft.block, np.memmap):
         path = Path(str(draft.block.filename))
         beside = path.with_suffix(".ordered")
@@ -156,8 +157,8 @@ def reorder(draft: Draft, order: npt.NDArray[np.int64]) -> None:
         draft.block = np.memmap(path, dtype=dtype, mode="r+")
     else:
         draft.block = np.concatenate([draft.block[start:stop] for start, stop in ranges])
-    draft.splits = [draft.splits[i] for i in order]
-    draft.ends = np.cumsum([stop - start for start, stop in ranges], dtype=np.int64)
+    draft.splits = draft.splits[order]
+    draft.ends = np.cumsum(lengths, dtype=np.int64)
 
 
 def count(block: Ids, ranges: Iterable[tuple[int, int]], symbols: int) -> npt.NDArray[np.int64]:

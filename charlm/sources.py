@@ -47,6 +47,9 @@ _HARMLESS = 2**26  # bytes that any compressed file may unpack to
 Decoded = Iterator[tuple[str, int]]  # some text of a file, and how many of its bytes were read for it
 
 
+SPLITS = ("train", "val", "test")
+
+
 class Piece(NamedTuple):
     """Some text of a document."""
 
@@ -177,7 +180,7 @@ class Files(Source):
 
 def split_named(name: str) -> str | None:
     """Return the split that a source means by a name of its own, such as `validation` or `dev_matched`."""
-    for split, beginnings in (("train", ("train",)), ("val", ("val", "dev")), ("test", ("test",))):
+    for split, beginnings in zip(SPLITS, (("train",), ("val", "dev"), ("test",)), strict=True):
         if name.startswith(beginnings):
             return split
     return None

@@ -16,10 +16,10 @@ from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from charlm.checkpoint import WholeCheckpoints
-from charlm.corpus import SPLITS
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
 from charlm.module import CharLM
+from charlm.sources import SPLITS
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from charlm.config import DataConfig, TrainConfig
-from charlm.corpus import SPLITS, Corpus, load_corpus
+from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
+from charlm.sources import SPLITS
 from charlm.vocabulary import UNKNOWN
 
 Composed = Callable[..., TrainConfig]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from charlm.config import DataConfig
-from charlm.corpus import SPLITS, Corpus, load_corpus
+from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
-from charlm.sources import find_source
+from charlm.sources import SPLITS, find_source
 
 HERE = importlib.util.find_spec("datasets") is not None
 needs_datasets = pytest.mark.skipif(not HERE, reason="needs Hugging Face's datasets: pip install -e '.[huggingface]'")

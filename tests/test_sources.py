@@ -6,6 +6,7 @@ import bz2
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,15 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
+from charlm import corpus as corpus_module
 from charlm import sources
 from charlm.config import DataConfig
-from charlm.corpus import SPLITS, Corpus, load_corpus
+from charlm.corpus import Corpus, load_corpus
+from charlm.encoding import encode
 from charlm.errors import InputError
+from charlm.sources import SPLITS, Piece
 from charlm.vocabulary import Vocabulary, code_points
 
 Load = Callable[..., Corpus]
@@ -211,3 +216,26 @@ def test_a_source_without_splits_of_its_own_says_so(tmp_path: Path, load: Load) 
     (tmp_path / "text.txt").write_text("text " * 50)
     with pytest.raises(InputError, match=r"data=text has no splits of its own; choose contiguous"):
         load("text", tmp_path / "text.txt", split="source")
+
+
+def test_a_source_without_val_or_test_gives_them_of_its_train(data_config: Callable[..., DataConfig]) -> None:
+    config = data_config("text", path="x", split="source", separator=None, fractions=[0.8, 0.1, 0.1])
+    for counts, expected in (
+        ({"train": 100}, (80, 10, 10)),
+        ({"train": 90, "val": 20}, (80, 20, 10)),
+        ({"train": 9, "val": 8, "test": 7}, (9, 8, 7)),
+    ):
+        pieces = [Piece(f"{split} {i}", True, split) for split, number in counts.items() for i in range(number)]
+        draft = encode(pieces, None, None, tqdm(disable=True))
+        segments = corpus_module._split(draft, config)
+        assert tuple(len(segments[split]) for split in SPLITS) == expected
+
+
+def test_a_long_text_is_encoded_under_a_bar_that_says_how_fast(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some text " * 1000)
+    monkeypatch.setattr(corpus_module, "CACHED_FROM", 5000)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    load("text", tmp_path / "text.txt", cache_dir=str(tmp_path / "cache"))
+    assert re.search(r"encoding: 100%.*10.0k/10.0k .*B/s\]", capsys.readouterr().err)

@@ -25,8 +25,9 @@ import pytest
 
 from charlm import torchtext_bridge
 from charlm.config import TrainConfig
-from charlm.corpus import SPLITS, Corpus, load_corpus
+from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
+from charlm.sources import SPLITS
 
 ROOT = Path(__file__).parent.parent
 HERE = importlib.util.find_spec("torchtext") is not None
