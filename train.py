@@ -50,7 +50,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     from charlm.capture import CapturedCharLM, captures
     from charlm.datamodule import CharDataModule
     from charlm.generate import prompt_ids
-    from charlm.memory import within_memory
+    from charlm.memory import refuse_too_large, within_memory
     from charlm.module import CharLM
     from charlm.network import sized
     from charlm.ranks import watched
@@ -82,6 +82,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     for sampling in (asdict(config.sampling), *run.sampled.asked()):  # refused now, not at the first sample
         prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
     sizes = sized(config.model, len(vocabulary))
+    refuse_too_large(len(vocabulary), sizes)
     arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, sizes["hidden_size"])}
     signals = Signals()
     callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])

@@ -170,7 +170,9 @@ def _on_no_device(path: Path, hyper_parameters: Any, weights: Any) -> CharLM:
         }
         config = ModelConfig(**{"parameters": None, **defaults, **hyper_parameters["model"]})
         if config.num_layers > len(weights) or any(
-            value.numel() * value.itemsize > value.untyped_storage().nbytes() for value in weights.values()
+            value.numel() * value.itemsize > value.untyped_storage().nbytes()
+            or value.untyped_storage().nbytes() > path.stat().st_size
+            for value in weights.values()
         ):
             raise ValueError("it claims more weights than it holds")
         with torch.device("meta"):

@@ -93,6 +93,9 @@ class DataConfig:
                 "data.eval_lanes": self.eval_lanes,
             },
         )
+        for name in ("batch_size", "eval_lanes"):
+            value = getattr(self, name)
+            _check(value <= 1_000_000, f"data.{name}={value} must be 1,000,000 or less")
 
 
 @dataclass
@@ -213,6 +216,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.cell", self.cell, ("lstm", "gru", "rnn"))
         _at_least(1, **{"model.hidden_size": self.hidden_size, "model.num_layers": self.num_layers})
+        _check(self.num_layers <= 1000, f"model.num_layers={self.num_layers} must be 1000 or less")
         _check(
             (self.hidden_size is None) != (self.parameters is None),
             "give model.hidden_size or model.parameters, which chooses it, not both"

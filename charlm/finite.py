@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,7 +79,7 @@ class FiniteSteps(L.Callback):
             self._look(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training or (trainer.validating and trainer.fit_loop.epoch_loop.val_loop is trainer._active_loop):
+        if trainer.state.fn == TrainerFn.FITTING:
             self._look(trainer, pl_module)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from charlm.datamodule import CharDataModule
-from charlm.errors import RunStopped
+from charlm.errors import InputError, RunStopped
 from charlm.module import CharLM
 from charlm.network import CharRNN
 
+BYTES_A_WEIGHT = 16  # itself, its gradient, and the optimizer's two means
 SHARE = 0.9  # of a device's memory that a run can count on: its driver and the gaps between blocks take the rest
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def refuse_too_large(vocabulary_size: int, sizes: Mapping[str, Any]) -> None:
+    """Refuse a network whose weights alone are more than this machine can hold.
+
+    Args:
+        vocabulary_size: V.
+        sizes: the other arguments of `CharRNN`.
+
+    Raises:
+        InputError: it is.
+    """
+    has = _memory(torch.device("cpu"))
+    try:
+        with torch.device("meta"):  # sizes without weights
+            needs = CharRNN(vocabulary_size, **sizes).size * BYTES_A_WEIGHT
+    except RuntimeError:  # more than can be counted
+        needs = 2**63
+    if needs > has:
+        raise InputError(
+            f"a network of these sizes takes {needs / 1e9:,.0f} GB to train, and this machine has {has / 1e9:,.0f} GB; "
+            "lower model.hidden_size or model.num_layers"
+        )
 
 
 @contextmanager
@@ -55,7 +80,7 @@ def batch_size_that_fits(model: CharLM, data: CharDataModule, seen: int = 0) -> 
         seen: bytes that had been taken or asked for when memory ran out: more than that the batch needs.
     """
     batch_size = data.config.batch_size
-    weights = model.network.size * 4 * 4  # bytes; weights, gradients, and the optimizer's two means
+    weights = model.network.size * BYTES_A_WEIGHT
     text = data.corpus.block.nbytes if data.resident_on is not None else 0
     free = SHARE * _memory(model.device) - weights - text
     window = max(window_bytes(model.network, data.config.window), (seen - weights - text) / batch_size)
