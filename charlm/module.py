@@ -112,12 +112,17 @@ class CharLM(L.LightningModule):
         finite = torch.isfinite(loss)
         self._loss_sum += torch.where(finite, loss, 0.0)
         self._losses += finite
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._leaves_out_steps_itself:
             self.withheld += ~finite
+
+    @property
+    def _leaves_out_steps_itself(self) -> bool:
+        """Whether a loss scaler does, which meets such gradients as a matter of course."""
+        return self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Withhold a step whose gradient is not finite."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._leaves_out_steps_itself:
             return
         finite = all_finite(self.parameters())
         self.withheld += ~finite
