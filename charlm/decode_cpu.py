@@ -18,19 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from charlm.draw import Drawer
+from charlm.draw import Drawer, prepared
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN
 
 Array = npt.NDArray[np.float32]
-
-Product = tuple[Tensor, Tensor | None]
 
 NUMBERS_OF_ROWS = (2, 4, 8, 16, 24, 32, 48, 64)  # that a product has
 
@@ -50,8 +49,9 @@ def decode(
         alone.read([i])
     steps = Steps(weights, len(temperatures))
     steps.begin_as(alone)
-    draw = Drawer(temperatures, steps.logits.shape[1], top_k, top_p)
-    for uniform in uniforms[:, :, None]:
+    temperature, uniform_of_all = prepared(torch.tensor(temperatures, dtype=torch.float64), torch.from_numpy(uniforms))
+    draw = Drawer(temperature.numpy(), steps.logits.shape[1], top_k, top_p)
+    for uniform in uniform_of_all[:, :, None].numpy():
         ids = draw(steps.logits, uniform) + FIRST_WRITTEN
         yield ids.tolist()
         steps.read(ids)
@@ -64,38 +64,35 @@ def serves(network: CharRNN) -> bool:
     rnn, output = network.rnn, network.output.weight
     if output.device.type != "cpu":
         return False
-    size, gates = rnn.hidden_size, rnn.weight_hh_l0.shape[0]
-    kinds = {(size, gates, isinstance(rnn, nn.GRU)), (size, gates, True), (size, len(output) - FIRST_WRITTEN, True)}
-    return all(rows_agree(*kind, torch.get_num_threads()) for kind in sorted(kinds))
+    sizes = {(rnn.hidden_size, rnn.weight_hh_l0.shape[0]), (rnn.hidden_size, len(output) - FIRST_WRITTEN)}
+    return all(rows_agree(*size, torch.get_num_threads()) for size in sorted(sizes))
 
 
 @cache
-def rows_agree(width_in: int, width_out: int, biased: bool, threads: int) -> bool:
+def rows_agree(width_in: int, width_out: int, threads: int) -> bool:
     """Return whether a product of these sizes gives a row the same sums to the last bit, whichever of
     `NUMBERS_OF_ROWS` it is one of.
     """
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(NUMBERS_OF_ROWS[-1], width_in, generator=draw)
     weight = torch.randn(width_in, width_out, generator=draw)
-    product = weight, torch.randn(width_out, generator=draw) if biased else None
-    whole = _times(rows, product)
+    whole = torch.mm(rows, weight)
     return all(
-        torch.equal(_times(rows[some], product), whole[some])
+        torch.equal(torch.mm(rows[some], weight), whole[some])
         for number in NUMBERS_OF_ROWS
         for some in (slice(number), slice(-number, None))
     )
 
 
-def _times(rows: Tensor, product: Product, out: Tensor | None = None) -> Tensor:
-    weight, bias = product
-    return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)
+class Product(NamedTuple):
+    """What rows are multiplied with, and what is added."""
+
+    weight: Tensor  # (width in, width out)
+    bias: Tensor | None  # (width out,); None: another product's has it in it
 
 
 class Weights:
-    """A network's weights as the steps read them, the gates that are sigmoids side by side and halved.
-
-    A product is a matrix, shape (width in, width out), and its bias, which is None where another has it in it.
-    """
+    """A network's weights as the steps read them, the gates that are sigmoids side by side and halved."""
 
     def __init__(self, network: CharRNN) -> None:
         rnn = network.rnn
@@ -107,12 +104,17 @@ class Weights:
             w_ih, w_hh, b_ih, b_hh = (getattr(rnn, f"{name}_l{layer}").detach().float() for name in _NAMES)
             if not isinstance(rnn, nn.GRU):  # whose reset gate stands before one hidden bias
                 b_ih, b_hh = b_ih + b_hh, None
-            self.inputs.append((self.cell.arranged(w_ih.T), self.cell.arranged(b_ih)))
-            self.hidden.append((self.cell.arranged(w_hh.T), None if b_hh is None else self.cell.arranged(b_hh)))
-        weight, bias = (part.detach()[FIRST_WRITTEN:].float() for part in (network.output.weight, network.output.bias))
-        self.output: Product = weight.T.contiguous(), bias.contiguous()
+            arranged = self.cell.arranged
+            self.inputs.append(Product(arranged(w_ih.T), arranged(b_ih)))
+            self.hidden.append(Product(arranged(w_hh.T), None if b_hh is None else arranged(b_hh)))
+        output = network.output
+        self.output = Product(
+            output.weight.detach()[FIRST_WRITTEN:].float().T.contiguous(), output.bias.detach()[FIRST_WRITTEN:].float()
+        )
         symbols = network.one_hot if network.embedding is None else network.embedding.weight.detach()  # (V, I)
-        self.table = _times(symbols.float(), self.inputs[0]).numpy()  # (V, G)
+        weight, bias = self.inputs[0]
+        assert bias is not None
+        self.table = (symbols.float() @ weight + bias).numpy()  # (V, G)
 
 
 class Steps:
@@ -131,7 +133,7 @@ class Steps:
 
         self._table = weights.table
         size, gates = weights.hidden_size, weights.table.shape[1]
-        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output[0].shape[1])
+        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output.weight.shape[1])
         self._x: Array = from_below.numpy()[:samples]
         self.logits: Array = logits.numpy()[:samples]
         self.state: list[Array] = []
@@ -151,7 +153,9 @@ class Steps:
     def _multiply(self, rows: Tensor, product: Product, out: Tensor) -> None:
         most = NUMBERS_OF_ROWS[-1]
         for part, part_out in zip(torch.split(rows, most), torch.split(out, most), strict=True):
-            self._work.append(partial(_times, part, product, part_out))
+            self._work.append(partial(torch.mm, part, product.weight, out=part_out))
+        if product.bias is not None:
+            self._work.append(partial(np.add, out.numpy(), product.bias.numpy(), out.numpy()))
 
     def begin_as(self, other: Steps) -> None:
         """Continue from the one text that `other` has read."""

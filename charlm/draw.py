@@ -13,8 +13,6 @@ Legend: B samples side by side, V characters to choose from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -83,21 +81,23 @@ def draw_prepared(
 
 
 class Drawer:
-    """Does what `draw` does, on numpy arrays of one shape, in place.
+    """Does what `draw_prepared` does, on numpy arrays of one shape, in place.
 
     Args:
-        temperatures: of each sample.
+        temperature: of each sample, prepared, shape (B,).
         choices: V.
         top_k: None keeps all.
         top_p: None keeps all.
     """
 
     def __init__(
-        self, temperatures: Sequence[float], choices: int, top_k: int | None = None, top_p: float | None = None
+        self,
+        temperature: npt.NDArray[np.float64],
+        choices: int,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> None:
-        temperature = np.array(temperatures, dtype=np.float64)[:, None]
-        self._temperature = np.maximum(temperature, COLDEST)  # (B, 1)
-        self._random = (temperature != 0).astype(np.float64)
+        self._temperature = temperature[:, None]
         self._top_k = top_k if top_k is not None and top_k < choices else None
         self._top_p = top_p
         samples = len(temperature)
@@ -106,12 +106,12 @@ class Drawer:
         self._cumulative = np.empty((samples, choices))
         self._passed = np.empty((samples, choices), dtype=bool)
 
-    def __call__(self, logits: npt.NDArray[np.float32], uniform: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    def __call__(self, logits: npt.NDArray[np.float32], uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Choose the next character of each sample.
 
         Args:
             logits: finite, shape (B, V).
-            uniform: random numbers of 24 bits in [0, 1), shape (B, 1).
+            uniform: random numbers, prepared, shape (B, 1).
 
         Returns:
             Ids, shape (B,).
@@ -130,8 +130,7 @@ class Drawer:
             surplus = before - ordered >= self._top_p * before[:, -1:]  # where those before already suffice
             np.put_along_axis(weights, order, np.where(surplus, 0, ordered), axis=1)
         np.add.accumulate(weights, axis=1, out=cumulative)
-        target = uniform * self._random
-        target *= cumulative[:, -1:]
+        target = uniform * cumulative[:, -1:]
         ids: npt.NDArray[np.int64]
         if len(target) == 1:
             ids = cumulative[0].searchsorted(target[0], "right")

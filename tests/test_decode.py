@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from charlm import decode_cpu, decode_exact
-from charlm.draw import Drawer, draw
+from charlm.draw import Drawer, draw, prepared
 from charlm.generate import Sampler
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
@@ -147,30 +147,27 @@ def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch)
     assert len(text[0]) == 30
 
 
-def test_what_agrees_is_tried_with_the_sizes_that_are_used() -> None:
-    tried: list[tuple[int, ...]] = []
-
-    def note(*kind: int) -> bool:
-        tried.append(kind[:3])
-        return True
-
+def test_what_agrees_is_tried_with_the_sizes_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: set[tuple[int, int]] = set()
+    monkeypatch.setattr(decode_cpu, "rows_agree", lambda width_in, width_out, _: not tried.add((width_in, width_out)))
     made = network("gru", 48, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_cpu, "rows_agree", note)
-        assert decode_cpu.serves(made)
+    assert decode_cpu.serves(made)
     weights = decode_cpu.Weights(made)
     products = (*weights.inputs[1:], *weights.hidden, weights.output)
-    assert set(tried) == {(*weight.shape, bias is not None) for weight, bias in products}
+    assert tried == {tuple(product.weight.shape) for product in products}
 
 
 def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def two_ways(rows: torch.Tensor, product: Any, out: None = None) -> torch.Tensor:
-        weight, _ = product
-        return rows @ weight if len(rows) > 8 else rows.flip(1) @ weight.flip(0)
+    product = torch.mm
+
+    def two_ways(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return product(rows, weight) if len(rows) > 8 else product(rows.flip(1), weight.flip(0))
 
     decode_cpu.rows_agree.cache_clear()
-    monkeypatch.setattr(decode_cpu, "_times", two_ways)
-    assert not decode_cpu.rows_agree(64, 32, False, 1)
+    assert decode_cpu.rows_agree(64, 32, 1)
+    decode_cpu.rows_agree.cache_clear()
+    monkeypatch.setattr(torch, "mm", two_ways)
+    assert not decode_cpu.rows_agree(64, 32, 1)
     decode_cpu.rows_agree.cache_clear()
 
 
@@ -208,11 +205,12 @@ def cases() -> Iterator[tuple[torch.Tensor, list[float], torch.Tensor]]:
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.7, 1.0])
 def test_a_cpu_and_a_gpu_draw_alike(top_k: int | None, top_p: float | None) -> None:
     for logits, temperatures, uniform in cases():
-        expected = draw(logits, torch.tensor(temperatures, dtype=torch.float64), uniform, top_k, top_p).numpy()
-        together = Drawer(temperatures, 30, top_k, top_p)(logits.numpy(), uniform.numpy()[:, None])
+        temperature = torch.tensor(temperatures, dtype=torch.float64)
+        expected = draw(logits, temperature, uniform, top_k, top_p).numpy()
+        cold, numbers = (part.numpy() for part in prepared(temperature, uniform))
+        together = Drawer(cold, 30, top_k, top_p)(logits.numpy(), numbers[:, None])
         assert np.array_equal(together, expected)
         for i in range(0, len(logits), 17):
-            alone = Drawer(temperatures[i : i + 1], 30, top_k, top_p)(
-                logits.numpy()[i : i + 1], uniform.numpy()[i, None, None]
-            )
+            one = slice(i, i + 1)
+            alone = Drawer(cold[one], 30, top_k, top_p)(logits.numpy()[one], numbers[one, None])
             assert alone.tolist() == [expected[i]]
