@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from charlm.draw import Drawer, prepared
 from charlm.network import CharRNN
-from charlm.vocabulary import FIRST_WRITTEN
+from charlm.vocabulary import FIRST_WRITTEN, Ids
 
 Array = npt.NDArray[np.float32]
 
@@ -41,8 +41,8 @@ def decode(
     uniforms: Array,
     top_k: int | None,
     top_p: float | None,
-) -> Iterator[list[int]]:
-    """Yield the next id of each sample, a row of `uniforms` for each; see `charlm.generate.Sampler.stream`."""
+) -> Iterator[Ids]:
+    """Yield the next ids, shape (B,), for each row of `uniforms`; see `charlm.generate.Sampler.stream`."""
     weights = Weights(network)
     alone = Steps(weights, 1)
     for i in prompt:
@@ -53,7 +53,7 @@ def decode(
     draw = Drawer(temperature.numpy(), steps.logits.shape[1], top_k, top_p)
     for uniform in uniform_of_all[:, :, None].numpy():
         ids = draw(steps.logits, uniform) + FIRST_WRITTEN
-        yield ids.tolist()
+        yield ids
         steps.read(ids)
 
 

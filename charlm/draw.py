@@ -39,7 +39,10 @@ def draw(
     Returns:
         Ids, shape (B,).
     """
-    return draw_prepared(logits, *prepared(temperature, uniform), top_k, top_p)
+    temperature, uniform = prepared(temperature, uniform)
+    scaled = logits.to(temperature) / temperature[:, None]
+    scaled = scaled.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # -inf / inf is ruled out as well
+    return draw_prepared(logits, scaled, uniform, top_k, top_p)
 
 
 def prepared(temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,34 +57,33 @@ def prepared(temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw_prepared(
     logits: Tensor,
-    temperature: Tensor,
+    scaled: Tensor,
     uniform: Tensor,
     top_k: int | None = None,
     top_p: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Do what `draw` does, with what `prepared` returned: all that depends on the logits, in as few kernels as can be.
-
-    Nothing in it waits for the device. The ids go into `out`, where it is given.
+    """Do what `draw` does, with the logits over the temperature and what else `prepared` returned, in as few kernels as
+    can be. Nothing in it waits for the device. The ids go into `out`, where it is given.
     """
-    scaled = logits.to(temperature.dtype) / temperature[:, None]  # (B, V)
-    scaled = scaled.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # -inf / inf is ruled out as well
     if top_k is not None and top_k < logits.shape[1]:
         scaled = scaled.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
-    probabilities = scaled.softmax(dim=1)
+    probabilities = scaled.softmax(dim=1)  # (B, V)
+    target = uniform[:, None]
     if top_p is not None:
         ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
         surplus = ordered.cumsum(dim=1) - ordered >= top_p  # where those before already suffice
         probabilities = probabilities.masked_fill(surplus.gather(1, order.argsort(dim=1)), 0.0)
+        target = target * probabilities.sum(dim=1, keepdim=True)
     cumulative = probabilities.cumsum(dim=1)
-    target = uniform[:, None] * cumulative[:, -1:]
     place = None if out is None else out[:, None]
-    ids: Tensor = torch.searchsorted(cumulative, target, right=True, out=place)  # never one of probability 0
+    # Never one of probability 0: all sum to 1 but for rounding, which is less than the target stays below 1.
+    ids: Tensor = torch.searchsorted(cumulative, target, right=True, out=place)
     return ids.squeeze(1)
 
 
 class Drawer:
-    """Does what `draw_prepared` does, on numpy arrays of one shape, in place.
+    """Does what `draw` does, on numpy arrays of one shape, in place.
 
     Args:
         temperature: of each sample, prepared, shape (B,).

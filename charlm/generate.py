@@ -17,7 +17,7 @@ from charlm import decode_cpu, decode_exact
 from charlm.config import SamplingConfig
 from charlm.errors import InputError
 from charlm.network import CharRNN
-from charlm.vocabulary import UNKNOWN, Vocabulary
+from charlm.vocabulary import UNKNOWN, Ids, Vocabulary
 
 _PIECE = 1024  # characters read at a time
 
@@ -98,12 +98,7 @@ class Sampler:
             temperatures: of each sample.
             seeds: of each sample; (seed, sample number).
         """
-        # Random numbers of each sample's own, other ones at another temperature.
-        keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
-        uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
-        decode = decode_cpu.decode if decode_cpu.serves(self.network) else decode_exact.decode
-        if length:
-            yield from decode(self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p)
+        return (ids.tolist() for ids in self._ids(prompt, length, temperatures, seeds))
 
     def grow(
         self,
@@ -141,8 +136,28 @@ class Sampler:
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
     ) -> list[str]:
         """Return the whole texts that `grow` draws."""
-        rows = list(self.grow(prompt, length, temperatures, seeds))
-        return ["".join(pieces) for pieces in zip(*rows, strict=True)] if rows else [""] * len(temperatures)
+        rows, end_id = [], self.vocabulary.end_id
+        ended = np.zeros(len(temperatures), dtype=bool)
+        for ids in self._ids(prompt, length, temperatures, seeds):
+            rows.append(ids)
+            if end_id is not None:
+                ended |= ids == end_id
+                if ended.all():
+                    break
+        symbol = self.vocabulary.symbols.__getitem__
+        texts = (np.stack(rows, axis=1) if rows else np.empty((len(temperatures), 0), dtype=np.int64)).tolist()
+        ends = [ids.index(end_id) if end_id is not None and end_id in ids else len(ids) for ids in texts]
+        return ["".join(map(symbol, ids[:end])) for ids, end in zip(texts, ends, strict=True)]
+
+    def _ids(
+        self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
+    ) -> Iterator[Ids]:
+        # Random numbers of each sample's own, other ones at another temperature.
+        keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
+        uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
+        decode = decode_cpu.decode if decode_cpu.serves(self.network) else decode_exact.decode
+        if length:
+            yield from decode(self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p)
 
     def _begin(self, prompt: Sequence[int]) -> Sequence[int]:
         if prompt:
