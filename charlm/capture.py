@@ -72,8 +72,6 @@ def _obstacle(trainer: L.Trainer, optimizer: str) -> str | None:
     parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters
     if not set(_FLAGS[optimizer]) <= parameters.keys():
         return f"this torch ({torch.__version__}) cannot capture optimizer={optimizer}"
-    if getattr(trainer.precision_plugin, "scaler", None) and "fused" not in _FLAGS[optimizer]:
-        return f"optimizer={optimizer} asks the host whether a gradient of fp16 overflowed"
     if trainer._detect_anomaly:
         return "trainer.detect_anomaly looks at every step"
     return None
@@ -223,11 +221,14 @@ class CapturedCharLM(CharLM):
             torch.nn.utils.clip_grad_value_(self.parameters(), bound)
         elif bound is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), bound)
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
+        if not scaler:
             optimizer.step()
+        elif "fused" in self.optimizer_flags:  # asks the device itself whether a gradient overflowed
+            scaler.step(optimizer)
+        else:
+            _step_unless_overflowed(optimizer, scaler)
+        if scaler:
+            scaler.update()
         with torch.no_grad():
             self._count_loss(loss.detach())
             for place, value in zip(_parts(self.carried), _parts(state), strict=False):
@@ -279,6 +280,18 @@ class CapturedCharLM(CharLM):
         loop = checkpoint["loops"]["fit_loop"]
         done = dict(loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"])
         loop["epoch_loop.manual_optimization.optim_step_progress"]["total"] = done
+
+
+@torch.no_grad()
+def _step_unless_overflowed(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Do what `scaler.step` does without asking the host whether to take the step: it is taken, and taken back."""
+    (overflowed,) = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+    places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    before = [place.clone() for place in places]
+    optimizer.step()
+    for place, value in zip(places, before, strict=True):
+        place.copy_(torch.where(overflowed > 0, value, place))
 
 
 def _parts(state: State | None) -> tuple[Tensor, ...]:

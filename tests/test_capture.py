@@ -113,6 +113,7 @@ def train(
     optimizer: str = "adamw",
     precision: str = "32-true",
     regularization: dict[str, float] | None = None,
+    loss_scale: float | None = None,
     **data_changes: Any,
 ) -> tuple[Record, L.Trainer, CharLM]:
     """Train a small model and return what was recorded of it."""
@@ -132,6 +133,8 @@ def train(
         default_root_dir=folder,
         enable_checkpointing=False,
     )
+    if loss_scale is not None:
+        trainer.precision_plugin.scaler = torch.amp.GradScaler("cuda", init_scale=loss_scale)
     sizes = {"cell": "lstm", "hidden_size": 16, "num_layers": 1, "dropout": 0.0} | (model or {})
     made = build(
         data.corpus.vocabulary.symbols,
@@ -340,3 +343,15 @@ def test_sixteen_bits_lose_no_gradient(tmp_path: Path, cell: str) -> None:
     # Most of the input's columns are of characters that a batch lacks: their gradient is 0 in either precision.
     assert len(half.zero_gradients) == 200
     assert max(half.zero_gradients[-50:]) < max(full.zero_gradients[-50:]) + 0.01
+
+
+@cuda
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_a_step_whose_gradients_overflow_is_left_out_captured_or_not(tmp_path: Path, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "precision": "16-mixed", "loss_scale": 2.0**32}
+    eager, plain, first = train(tmp_path / "a", CharLM, "gpu", **settings)
+    captured, trainer, second = train(tmp_path / "b", CapturedCharLM, "gpu", **settings)
+    scales = [run.precision_plugin.scaler.get_scale() for run in (plain, trainer)]
+    assert scales[0] == scales[1] < 2.0**32  # it has been halved, once for each step left out
+    assert captured.losses == pytest.approx(eager.losses, abs=1e-2)
+    assert close(first, second, 1e-2)
