@@ -70,7 +70,7 @@ class DataConfig:
     stride: int = MISSING
     order: str = MISSING
     batch_size: int = MISSING
-    eval_lanes: int = MISSING
+    eval_lanes: int | None = MISSING
 
     def __post_init__(self) -> None:
         _one_of("data.split", self.split, ("contiguous", "ends", "documents", "source", "stream_tail"))

@@ -9,7 +9,15 @@ from charlm.config import DataConfig
 from charlm.corpus import Corpus, load_corpus
 from charlm.errors import InputError
 from charlm.sources import SPLITS
-from charlm.windows import Batches, LaneBatches, ShuffledBatches, Windows, evaluation_lanes, stream_lanes
+from charlm.windows import (
+    Batches,
+    LaneBatches,
+    ShuffledBatches,
+    Windows,
+    evaluation_lanes,
+    number_of_lanes,
+    stream_lanes,
+)
 
 
 class CharDataModule(L.LightningDataModule):
@@ -85,7 +93,7 @@ class CharDataModule(L.LightningDataModule):
         return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size, on, pinned)
 
     def _evaluation_batches(self, split: str) -> Batches:
-        lanes, window = self.config.eval_lanes, self.config.window
+        lanes, window = self.config.eval_lanes or number_of_lanes(self.corpus.characters(split)), self.config.window
         segments = evaluation_lanes(self.corpus.segments[split], lanes)
         return LaneBatches(self._block, segments, lanes, window, *self._place(), pinned=self._pinned)
 

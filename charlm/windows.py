@@ -284,6 +284,15 @@ class LaneBatches(Batches):
             yield Batch(self._block[index], fresh=t == 0, lengths=lengths)
 
 
+def number_of_lanes(characters: int) -> int:
+    """Return into how many lanes evaluation cuts a split of so many characters: 16 to 128, of 10,000 if there can be.
+
+    More lanes read a large split faster on a GPU, but each begins with one character that is not scored and some that
+    have little before them. The device has no say, so that figures compare across devices.
+    """
+    return min(max(characters // 10_000, 16), 128)
+
+
 def evaluation_lanes(segments: Sequence[Segment], lanes: int) -> list[Segment]:
     """Cut segments into about `lanes` lanes of about equal length that cover every character.
 

@@ -21,6 +21,7 @@ from charlm.windows import (
     Windows,
     evaluation_lanes,
     gather,
+    number_of_lanes,
     stream_lanes,
 )
 
@@ -202,3 +203,7 @@ def test_streams_refuse_what_leaves_no_window() -> None:
         stream_lanes([(0, 30)], 4, 10)
     with pytest.raises(InputError, match="must not be joined"):
         stream_lanes([(0, 30), (30, 60), (60, 90)], 2, 10)
+
+
+def test_a_larger_split_is_read_in_more_lanes_within_bounds() -> None:
+    assert [number_of_lanes(n) for n in (0, 46_505, 160_000, 500_000, 10**9)] == [16, 16, 16, 50, 128]
