@@ -32,7 +32,10 @@ CUDA_CASES = [
     *((cell, size, layers, batch) for cell, size, layers in (("lstm", 128, 1), ("lstm", 512, 2)) for batch in (1, 256)),
     *(("gru", 128, 1, batch) for batch in (1, 256)),
 ]
-CHARACTERS = {1: 4000, 64: 400, 256: 2000}  # that charlm draws of each text, by the number of texts
+# Characters of each text that charlm draws, by the number of texts, and the share of them that the references draw:
+# about half a second each.
+CHARACTERS = {"cpu": {1: 4000, 64: 400}, "cuda": {1: 20_000, 256: 5000}}
+SHARE = {"cpu": 0.1, "cuda": 0.04}
 START = 1  # a newline
 
 
@@ -73,9 +76,8 @@ def charlm(network: CharRNN, texts: int, length: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--share", type=float, default=0.1, help="of charlm's characters that the references draw")
     given = parser.parse_args()
     print(machine("numpy"))
     ways: dict[str, Callable[[CharRNN, int, int], list[str]]] = {
@@ -89,7 +91,8 @@ def main() -> None:
         network = CharRNN(len(SYMBOLS), cell, size, layers).to(given.device).eval()
         for way in ways.values():
             way(network, texts, 40)  # libraries load
-        lengths = {way: int(CHARACTERS[texts] * (1 if way == "charlm" else given.share)) for way in ways}
+        whole = CHARACTERS[given.device][texts]
+        lengths = {way: whole if way == "charlm" else int(whole * SHARE[given.device]) for way in ways}
         drawers = {way: partial(seconds, partial(ways[way], network, texts, lengths[way])) for way in ways}
         rates = {
             way: [texts * lengths[way] / taken for taken in values]

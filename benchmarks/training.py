@@ -7,44 +7,49 @@ On CUDA each network is trained four ways, in one run and at one precision:
     bare eager    a loop over the same step, kernel by kernel
     L. eager      `Trainer.fit` without capture
 
-and on a CPU charlm beside the bare eager loop. Every figure is the median of several runs of the same number of steps;
-the ratios are of medians. See BENCHMARKS.md.
+and on a CPU charlm beside the bare eager loop. Every figure is the median of several short runs by turns; the ratios
+are medians of those in each turn, so that what slows the machine for a while slows both sides. See BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from measurement import ROOT, Table, by_turns, machine, ratio
 
 from charlm.callbacks import TrainingLog
 from charlm.capture import CapturedCharLM
 from charlm.config import TrainConfig, register
 from charlm.datamodule import CharDataModule
 from charlm.module import CharLM
+from charlm.module import _detached as detached
 from charlm.network import sized
 from charlm.trainer import build_trainer, choose_precision
 from charlm.windows import Batch
 
-CUDA_CASES = [  # cell, hidden units, layers, batch
-    *((cell, h, n, 128) for cell in ("lstm", "gru") for h, n in ((64, 1), (128, 1), (128, 2), (256, 2), (512, 2))),
-    *((cell, h, n, 512) for cell in ("lstm", "gru") for h, n in ((128, 2), (256, 2), (512, 2))),
+SIZES = ((64, 1), (128, 1), (128, 2), (256, 2), (512, 2))  # hidden units, layers
+CUDA_CASES = [  # cell, hidden units, layers, batch, order of the windows
+    *((cell, h, n, 128, "shuffled") for cell in ("lstm", "gru") for h, n in SIZES),
+    *((cell, h, n, 512, "shuffled") for cell in ("lstm", "gru") for h, n in SIZES[2:]),
+    *(("lstm", h, n, 128, "streams") for h, n in SIZES[:3]),
 ]
-CPU_CASES = [("lstm", 64, 1, 64), ("lstm", 256, 1, 32), ("gru", 128, 1, 64)]
+CPU_CASES = [
+    *(("lstm", h, n, batch, "shuffled") for h, n, batch in ((64, 1, 64), (128, 1, 32), (256, 1, 32), (512, 2, 32))),
+    ("gru", 128, 1, 64, "shuffled"),
+    ("lstm", 128, 1, 32, "streams"),
+]
 
 
 class Clock(L.Callback):
@@ -67,7 +72,7 @@ def synchronize() -> None:
 
 def composed(*overrides: str) -> TrainConfig:
     register()
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return TrainConfig.of(compose("train", overrides=list(overrides)))
 
 
@@ -105,6 +110,13 @@ def parts(
     return data, trainer, model, clock
 
 
+def endless(data: CharDataModule) -> Iterator[Any]:
+    """Yield the batches of epoch after epoch."""
+    batches = data._train_batches(0, 1)
+    while True:
+        yield from batches
+
+
 class BareEager(CharLM):
     """Trains by a loop of its own, within the first step that Lightning asks of it: the same network, data, optimizer,
     precision and schedule, and nothing of Lightning in between.
@@ -118,7 +130,7 @@ class BareEager(CharLM):
         optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         plugin, clip = trainer.precision_plugin, trainer.gradient_clip_val
         scaler = getattr(plugin, "scaler", None)
-        batches = iter(data._train_batches(0, 1))
+        batches, state = endless(data), None
         for step in range(self.skip + self.steps):
             if step == self.skip:
                 synchronize()
@@ -127,8 +139,9 @@ class BareEager(CharLM):
             batch = Batch(batch.tokens.to(self.device), batch.fresh)
             optimizer.zero_grad(set_to_none=True)
             with plugin.forward_context():
-                nats, _ = self._score(batch, None)
+                nats, state = self._score(batch, None if batch.fresh else state)
                 loss = nats.mean()
+            state = detached(state)
             (scaler.scale(loss) if scaler else loss).backward()
             if scaler:
                 scaler.unscale_(optimizer)
@@ -154,12 +167,16 @@ class BareGraph(CapturedCharLM):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self._replay is not None
-        batches = iter(self._datamodule._train_batches(0, 1))
+        batches = endless(self._datamodule)
         for step in range(self.skip + self.steps):
             if step == self.skip:
                 synchronize()
                 begun = time.perf_counter()
-            self._given.copy_(next(batches).starts)
+            batch = next(batches)
+            self._given.copy_(batch.starts)
+            if batch.fresh and self.carried is not None:
+                for part in self.carried if isinstance(self.carried, tuple) else (self.carried,):
+                    part.zero_()
             self._replay()
         synchronize()
         type(self).seconds = time.perf_counter() - begun
@@ -178,14 +195,14 @@ def bare(build: type[Any]) -> Callable[[TrainConfig, int, int], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=None, help="steps of a run (default: 400 on CUDA, 40 on a CPU)")
-    parser.add_argument("--runs", type=int, default=3, help="runs, of which the median counts")
+    parser.add_argument("--steps", type=int, default=None, help="steps of a run (default: 400 on CUDA, 20 on a CPU)")
+    parser.add_argument("--runs", type=int, default=None, help="runs of each way (default: 3 on CUDA, 15 on a CPU)")
     parser.add_argument("--cases", nargs="*", help="only these, as lstm-128x2-512")
     parser.add_argument("--override", nargs="*", default=[], help="settings of train.py, such as data=text data.path=F")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     given = parser.parse_args()
     cuda = torch.cuda.is_available()
-    steps = given.steps or (400 if cuda else 40)
+    steps, runs = given.steps or (400 if cuda else 20), given.runs or (3 if cuda else 15)
     ways: dict[str, Callable[[TrainConfig, int, int], float]] = {
         "bare eager": bare(BareEager),
         "L. eager": lambda config, skip, steps: by_lightning(config, CharLM, skip, steps),
@@ -198,15 +215,14 @@ def main() -> None:
         }
     else:
         ways["charlm"] = ways.pop("L. eager")
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{where}; torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}")
-    print(f"window 100, {given.runs} runs of {steps} steps; millions of characters a second")
-    head = f"{'':16}{'precision':>10}" + "".join(f"{name:>12}" for name in ways)
+    where = machine("lightning")
+    print(where)
+    print(f"window 100, {runs} runs of {steps} steps; millions of characters a second")
     ratios = (("charlm", "bare graph"), ("charlm", "L. eager")) if cuda else (("charlm", "bare eager"),)
-    print(head + "".join(f"{a + ' / ' + b:>22}" for a, b in ratios))
+    table = Table("network, batch", "precision", *ways, *(f"{first} / {second}" for first, second in ratios))
     rows = []
-    for cell, hidden, layers, batch in CUDA_CASES if cuda else CPU_CASES:
-        name = f"{cell}-{hidden}x{layers}-{batch}"
+    for cell, hidden, layers, batch, order in CUDA_CASES if cuda else CPU_CASES:
+        name = f"{cell}-{hidden}x{layers}-{batch}" + ("-streams" if order == "streams" else "")
         if given.cases and name not in given.cases:
             continue
         config = composed(
@@ -214,22 +230,26 @@ def main() -> None:
             f"model.hidden_size={hidden}",
             f"model.num_layers={layers}",
             f"data.batch_size={batch}",
+            f"data.order={order}",
             "logger=none",
             *given.override,
         )
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(given.runs):
-            for way, measure in ways.items():  # by turns, so that what drifts drifts for all
-                eager = "eager" in way and cuda
-                taken = measure(config, 10, max(40, steps // 5) if eager else steps)
-                rates[way].append(batch * config.data.window / taken / 1e6)
-        medians = {way: statistics.median(values) for way, values in rates.items()}
-        precision = choose_precision(config.trainer, hidden)["precision"]
-        line = f"{name:16}{precision:>10}" + "".join(f"{value:12.3f}" for value in medians.values())
-        print(line + "".join(f"{medians[a] / medians[b]:22.2f}" for a, b in ratios), flush=True)
+
+        def rate(way: str, config: TrainConfig, batch: int) -> float:
+            fewer = max(40, steps // 5) if "eager" in way and cuda else steps
+            return batch * config.data.window / ways[way](config, 10, fewer) / 1e6
+
+        rates = by_turns({way: partial(rate, way, config, batch) for way in ways}, runs)
+        precision = choose_precision(config.trainer, config.model.hidden_size)["precision"]
+        table.row(
+            name,
+            precision,
+            *(statistics.median(values) for values in rates.values()),
+            *(f"{ratio(rates, first, second):.2f}" for first, second in ratios),
+        )
         rows.append({"case": name, "precision": precision, "rates": rates})
     if given.json:
-        given.json.write_text(json.dumps({"where": where, "torch": torch.__version__, "rows": rows}, indent=1))
+        given.json.write_text(json.dumps({"where": where, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
