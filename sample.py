@@ -18,6 +18,10 @@ from charlm.files import json_lines, write_whole
 
 log = logging.getLogger("charlm")
 
+# By file. The jobs of `-m` share this process: one takes a second, where a process takes three to start. A file
+# that several of them name has the texts of all.
+_written: dict[Path, list[dict[str, Any]]] = {}
+
 
 def sample(config: SampleConfig) -> list[dict[str, Any]]:
     """Draw texts at each temperature and print them as they grow.
@@ -94,7 +98,9 @@ def main(cfg: DictConfig) -> None:
             raise InputError(f"output={output} cannot be written: there is no folder {output.parent}")
         rows = sample(config)
         if output:
-            write_whole(output, json_lines(rows))
+            written = _written.setdefault(output, [])
+            written.extend(rows)
+            write_whole(output, json_lines(written))
 
 
 if __name__ == "__main__":

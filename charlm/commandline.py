@@ -25,6 +25,12 @@ from charlm.errors import InputError, RunStopped
 from charlm.pool import follow_pool
 
 BAD_INPUT, STOPPED = 2, 1  # exit codes
+_PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
@@ -39,6 +45,8 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
     follow_pool()
+    if multirun:  # processes of a cluster's launcher find charlm where this program does
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
     try:
         if "hydra.run.dir" in text_keys and not multirun:
@@ -120,6 +128,10 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
 def _one_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     match cause:
+        case MissingConfigException() if cause.missing_cfg_file in _PLUGINS:
+            extra = _PLUGINS[cause.missing_cfg_file]
+            pins = "" if extra == "ray" else "-c constraints.txt "  # for ray needs older versions
+            text = f"{extra} is not installed; `pip install {pins}-e '.[{extra}]'` does that"
         case MissingConfigException() if cause.missing_cfg_file:
             options = [option for option in cause.options or () if not option.endswith("_schema")]
             choices = f"; choose from {', '.join(options)}" if options else ""

@@ -7,11 +7,14 @@ imports torch: `--help` and a mistyped key answer at once.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import hashlib
 import json
 import math
 import secrets
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -637,6 +640,13 @@ def register() -> None:
     # Tells apart two runs that start in the same second.
     OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("temporary_folder", _temporary_folder, use_cache=True, replace=True)
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="charlm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _run_name(_root_: DictConfig) -> str:

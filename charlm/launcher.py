@@ -32,7 +32,7 @@ from omegaconf import DictConfig, open_dict
 from charlm.config import TrainConfig
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK
-from charlm.monitor import Monitor, Row
+from charlm.monitor import Monitor, ReportWriter, Row
 from charlm.pool import Interrupted, Pool, Task, visible_gpus, wanted_gpus
 from charlm.sampled import Sampled, drawn_with
 
@@ -175,12 +175,15 @@ class PoolLauncher(Launcher):
         time_limit: minutes that one may take; None: any.
     """
 
-    failures: ClassVar[list[str]] = []  # of all batches, for whoever asks at the end of a sweep that tolerates some
+    # For whoever asks at the end of a sweep.
+    failures: ClassVar[list[str]] = []  # of all batches
+    latest: ClassVar[tuple[Path, TrainConfig] | None] = None  # the sweep's folder and a training's settings
 
     def __init__(self, jobs: int | None, time_limit: float | None) -> None:
         self._jobs = jobs
         self._time_limit = time_limit
         self._trainings: dict[Path, Training] = {}  # of all batches
+        self._monitor = Monitor(self._rows)
         self._config: DictConfig
         self._context: HydraContext
 
@@ -215,8 +218,24 @@ class PoolLauncher(Launcher):
             raise InputError(next(job.why for job in asked if isinstance(job, Refused)))
         batch = self._trainings_of(jobs)
         self._trainings |= batch
-        self._run(list(batch.values()), len(jobs))
+        ran = self._run(list(batch.values()), len(jobs))
+        if ran and self._config.hydra.sweeper.get("max_batch_size", 1) is None:  # a plain grid, all in one batch
+            self.sum_up()
         return self._returns(asked, batch)
+
+    @staticmethod
+    def sum_up() -> None:
+        """Record the sweep as a whole where its runs are tracked, once nothing is left to run."""
+        if PoolLauncher.latest is None:
+            return
+        folder, config = PoolLauncher.latest
+        PoolLauncher.latest = None
+        from charlm.tracking import record_sweep  # here, since it brings torch
+
+        try:
+            record_sweep(folder, config)
+        except Exception as error:  # it must not cost the sweep
+            log.warning(f"the sweep as a whole is not recorded: {type(error).__name__}: {error}")
 
     def _compose(self, overrides: list[str], number: int) -> Job | Refused:
         composed = self._context.config_loader.load_sweep_config(self._config, overrides)
@@ -250,25 +269,38 @@ class PoolLauncher(Launcher):
         folder = QuotedString(text=str(training.folder), quote=Quote.double).with_quotes()
         return [sys.executable, sys.argv[0], *flags, *kept, *task, f"hydra.run.dir={folder}"]
 
-    def _run(self, batch: Sequence[Training], jobs: int) -> None:
+    def _run(self, batch: Sequence[Training], jobs: int) -> bool:
+        """Run what is not done; return whether that was anything."""
         to_do = [training for training in batch if not training.done]
         gpus = visible_gpus() if any(wanted_gpus(training.config.trainer, 1) != 0 for training in to_do) else []
         pool = Pool(self._jobs, gpus, self._time_limit and self._time_limit * 60)
         tasks = [training.schedule(self._command(training), len(gpus)) for training in to_do]
         side_by_side = f", {min(pool.jobs, len(tasks))} side by side" if len(tasks) > 1 else ""
-        finished = f", {len(batch) - len(tasks)} of them done" if len(tasks) < len(batch) else ""
+        finished = f", {len(batch) - len(tasks)} done before" if len(tasks) < len(batch) else ""
         log.info(
             f"{jobs} job{'s' * (jobs > 1)}: {len(batch)} training{'s' * (len(batch) > 1)}{finished}{side_by_side}; "
             f"in {self._config.hydra.sweep.dir}"
         )
-        monitor = Monitor(self._rows)
+        folder = Path(self._config.hydra.sweep.dir)
+        report = ReportWriter(folder)
+
+        def watch() -> None:
+            self._monitor.update()
+            report.update(sum(task.ended is not None for task in tasks))
+
         try:
-            with monitor.shown():
-                pool.run(tasks, monitor.update)
+            with self._monitor.shown():
+                pool.run(tasks, watch)
         except Interrupted:
             done = sum(training.row.state == "done" for training in batch)
             log.error(f"interrupted with {done} of {len(batch)} trainings done; the same command goes on")
             raise
+        finally:
+            if tasks:
+                report.finish()
+        if tasks:
+            PoolLauncher.latest = (folder, batch[0].config)
+        return bool(tasks)
 
     def _rows(self) -> list[Row]:
         for training in self._trainings.values():

@@ -1,9 +1,10 @@
-"""What the trainings of a sweep are doing: a live table on a terminal, else a line when one begins or ends."""
+"""What the trainings of a sweep are doing, while they do it: a table on a terminal, else lines; and the report."""
 
 from __future__ import annotations
 
 import csv
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -137,3 +138,37 @@ class Monitor:
         if len(kept) < len(rows):
             table.caption = f"and {len(rows) - len(kept)} more"
         return table
+
+
+class ReportWriter:
+    """Writes a sweep's report anew while the sweep goes on, beside it, so that nothing waits.
+
+    Args:
+        folder: the sweep's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._ended = 0
+
+    def update(self, ended: int) -> None:
+        """Write it if more trainings have ended than when it was begun last; called as often as one likes."""
+        if ended > self._ended and (self._thread is None or not self._thread.is_alive()):
+            self._ended = ended
+            self._thread = threading.Thread(target=self._write, args=(False,), name="report", daemon=True)
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Write it for the last time, with its pictures."""
+        if self._thread is not None:
+            self._thread.join()
+        self._write(pictures=True)
+
+    def _write(self, pictures: bool) -> None:
+        try:
+            from charlm.report import write_report
+
+            write_report(self._folder, pictures)
+        except Exception as error:  # it must not cost the sweep
+            log.warning(f"the report is not written: {type(error).__name__}: {error}")

@@ -34,6 +34,7 @@ from charlm.launcher import PoolLauncher
 
 # Settings that make no other training.
 OF_NO_ACCOUNT = ("sampling.", "logger", "data.cache_dir")
+STUDY = "study.db"
 CHOSEN = "auto"  # the last part of hydra.sweep.dir that leaves the folder's name to charlm
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -57,6 +58,8 @@ class Grid:
         """Read the grid of a multirun from its hydra node."""
         sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=False)
         params = sweeper.pop("params", None) or {}
+        for name in ("n_trials", "study_name", "storage", "max_failure_rate"):  # more trials are the same sweep, wider
+            sweeper.pop(name, None)
         plain = sweeper["_target_"] == BASIC_SWEEPER
         parser = OverridesParser.create()
         settings = {}
@@ -113,6 +116,10 @@ class SweepFolder(Callback):
             folder = take_folder(given, Grid.of(config.hydra))
         except InputError as error:
             refuse(error)  # Hydra would make a warning of an exception
+        # The launcher tells the finished trainings again in their order; a study that knew them would count them twice.
+        study = folder / STUDY
+        if OmegaConf.select(config, "hydra.sweeper.storage") == f"sqlite:///{given / STUDY}":
+            study.unlink(missing_ok=True)
         if folder != given:
             quoted = QuotedString(text=str(folder), quote=Quote.double).with_quotes()
             with read_write(config), open_dict(config):
@@ -120,7 +127,8 @@ class SweepFolder(Callback):
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted}")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """End the program with an error where a sweeper went on without jobs that failed."""
+        """Record the sweep, and end the program with an error where a sweeper went on without jobs that failed."""
+        PoolLauncher.sum_up()
         if PoolLauncher.failures:
             refuse(RunStopped(f"{len(PoolLauncher.failures)} trainings failed: {'; '.join(PoolLauncher.failures)}"))
 

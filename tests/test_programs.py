@@ -94,6 +94,15 @@ def test_texts_stand_under_their_temperatures_and_in_a_file(run: Path, program: 
     assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
 
 
+def test_a_sweep_of_samples_leaves_the_texts_of_all_in_one_file(run: Path, program: Program, tmp_path: Path) -> None:
+    done = program("sample.py", "-m", f"checkpoint={run}", "temperature=0.5,1.0", "seed=1,2", "output=texts.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [(row["temperature"], row["seed"]) for row in rows] == [(0.5, 1), (0.5, 2), (1.0, 1), (1.0, 2)]
+    assert all(row["text"] in done.stdout for row in rows)
+    assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
+
+
 def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: Path, program: Program) -> None:
     given = (f"checkpoint={run}", "prompt_file=-", "length=25", "temperature=1.0", "num_samples=3")
     done = program("sample.py", *given, stdin="Some sea\nThe ")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from charlm.config import TrainConfig
 from charlm.errors import InputError
@@ -54,24 +57,23 @@ def temperatures(run: Path) -> list[float]:
 def test_a_sweep_trains_each_cell_and_size_once_writes_at_each_temperature_and_goes_on_when_widened(
     short: list[str], program: Program, tmp_path: Path
 ) -> None:
-    sweep = ("sweep=cell_size_temperature", "sampling.temperature=0.5,1.0,1.3")
-    done = program("train.py", "-m", *short, *sweep, "model.hidden_size=8,12")
+    sweep = ("-m", *short, "sweep=cell_size_temperature", "model.hidden_size=8,12", "sampling.temperature=0.5,1.0,1.3")
+    done = program("train.py", *sweep, "model=lstm,gru")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     first = results(folder)
-    assert sorted(name.split("_")[0] for name in first) == sorted(
-        f"{cell}-{size}x1" for cell in ("lstm", "gru", "rnn") for size in (8, 12)
-    )
+    assert sorted(name.split("_")[0] for name in first) == ["gru-12x1", "gru-8x1", "lstm-12x1", "lstm-8x1"]
     assert {result["status"] for result in first.values()} == {"completed"}
     assert all(temperatures(folder / name) == [0.0, 0.5, 1.0, 1.3] for name in first)
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 4
 
-    again = program("train.py", "-m", *short, *sweep, "model.hidden_size=8,12")
+    again = program("train.py", *sweep, "model=lstm,gru")
     assert again.returncode == 0
-    assert "18 jobs: 6 trainings, 6 of them done" in again.stdout
-    wider = program("train.py", "-m", *short, *sweep, "model.hidden_size=8,12,16", "model=lstm,gru,rnn")
+    assert "12 jobs: 4 trainings, 4 done before" in again.stdout
+    wider = program("train.py", *sweep, "model=lstm,gru,rnn")
     assert wider.returncode == 0, wider.stdout + wider.stderr
     assert list((tmp_path / "runs").iterdir()) == [folder]
-    assert len(results(folder)) == 9
+    assert len(results(folder)) == 6
     assert {name: result for name, result in results(folder).items() if name in first} == first
 
 
@@ -87,7 +89,7 @@ def test_a_job_that_fails_costs_only_itself_and_is_tried_again(
     assert [result["status"] for result in results(tmp_path / "s").values()] == ["completed"]
     again = program("train.py", "-m", *short, *given)
     assert again.returncode == 1
-    assert "2 trainings, 1 of them done" in again.stdout
+    assert "2 trainings, 1 done before" in again.stdout
 
 
 def test_a_sweep_of_which_nothing_can_work_is_refused_and_leaves_nothing(program: Program, tmp_path: Path) -> None:
@@ -125,30 +127,24 @@ def test_a_live_table_shows_the_trainings_on_a_terminal(short: list[str], tmp_pa
 # --- several devices ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", ["1,2", "2,1"])
-def test_trainings_of_one_and_of_two_processes_follow_one_another(
-    devices: str, short: list[str], program: Program, tmp_path: Path
+def test_trainings_of_one_and_of_two_processes_follow_one_another_in_either_order(
+    short: list[str], program: Program, tmp_path: Path
 ) -> None:
-    same = [override for override in short if not override.startswith("data.batch")]
-    given = ("model.dropout=0", f"trainer.devices={devices}", "data.batch_size=4,8", "hydra.sweep.dir=s")
-    done = program("train.py", "-m", *same, *given, "model.hidden_size=8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    by_batch = {}
-    for name, result in results(tmp_path / "s").items():
-        config = json.loads(json.dumps(result["command"]))
-        batch = next(int(word[-1]) for word in config if word.startswith("data.batch_size="))
-        count = next(int(word[-1]) for word in config if word.startswith("trainer.devices="))
-        by_batch[batch * count, count] = losses(tmp_path / "s")[name]
-    # Two processes with half the batch read the same windows as one, so that losses agree to rounding.
-    assert by_batch[8, 2] == pytest.approx(by_batch[8, 1], rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+    for order in ("1,2", "2,1"):
+        given = (f"trainer.devices={order}", "model.hidden_size=8", "hydra.launcher.jobs=1", f"hydra.sweep.dir={order}")
+        done = program("train.py", "-m", *short, *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1,2", "2,1"]
+    assert losses(tmp_path / "1,2") == losses(tmp_path / "2,1")
+    worlds = ["on each of 2 devices" in log.read_text() for log in (tmp_path / "1,2").glob("*/output.log")]
+    assert sorted(worlds) == [False, True]
 
 
 FAIL = '''
 import importlib.abc, importlib.util, os, sys
 
 class Failing(importlib.abc.MetaPathFinder):
-    """Has one rank fail in its second step, in a network of 9."""
+    """Has one rank of two fail at its first step."""
 
     def find_spec(self, name, path, target=None):
         if name != "charlm.callbacks":
@@ -161,7 +157,7 @@ class Failing(importlib.abc.MetaPathFinder):
             load(module)
 
             def fail(self, trainer, module, batch, number):
-                if module.network.rnn.hidden_size == 9 and trainer.global_rank == int(os.environ["FAILING_RANK"]):
+                if trainer.world_size == 2 and trainer.global_rank == int(os.environ["FAILING_RANK"]):
                     raise RuntimeError("the power went out")
 
             module.FinalValidation.on_train_batch_start = fail
@@ -180,13 +176,13 @@ def test_a_rank_that_fails_costs_only_its_training(
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAIL)
     fault = {"PYTHONPATH": str(tmp_path / "fault"), "FAILING_RANK": str(rank)}
-    given = ("model.hidden_size=9,8", "trainer.devices=2", "hydra.sweep.dir=s", "hydra.launcher.jobs=1")
+    given = ("model.hidden_size=8", "trainer.devices=2,1", "hydra.sweep.dir=s", "hydra.launcher.jobs=1")
     done = program("train.py", "-m", *short, *given, **fault)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 of 2 trainings failed: lstm-9x1_" in done.stderr
+    assert "1 of 2 trainings failed: lstm-8x1_" in done.stderr
     assert "RuntimeError: the power went out" in done.stderr
-    completed = [name for name, result in results(tmp_path / "s").items() if result["status"] == "completed"]
-    assert [name.split("_")[0] for name in completed] == ["lstm-8x1"]
+    completed = [result["command"] for result in results(tmp_path / "s").values() if result["status"] == "completed"]
+    assert ["trainer.devices=1" in command for command in completed] == [True]
 
 
 def test_several_devices_are_refused_where_jobs_share_a_process(short: list[str], program: Program) -> None:
@@ -251,6 +247,69 @@ def test_a_signal_ends_every_training_and_the_same_command_goes_on(
     assert [result["status"] for result in results(tmp_path / "s").values()] == ["interrupted"]
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in running
+
+
+# --- Hydra's plugins ----------------------------------------------------------------------------------------------
+
+
+def test_optuna_is_told_what_two_ranks_came_to_and_goes_on_with_more_trials(
+    short: list[str], program: Program, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install -e '.[optuna]'")
+    given = ("-m", *short, "sweep=optuna", "model.hidden_size=choice(8,12)", "trainer.devices=2")
+    done = program("train.py", *given, "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    first = results(folder)
+    assert len(first) == 2
+    best = min(result["val/loss"] for result in first.values())
+    assert yaml.safe_load((folder / "optimization_results.yaml").read_text())["best_value"] == best
+    for name in first:
+        assert "on each of 2 devices" in (folder / name / "output.log").read_text()
+    more = program("train.py", *given, "hydra.sweeper.n_trials=3", "trainer.max_steps=4")
+    assert more.returncode == 0, more.stdout + more.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(results(folder)) == 3
+    assert {name: result for name, result in results(folder).items() if name in first} == first
+    with sqlite3.connect(folder / "study.db") as study:
+        assert study.execute("select count(*) from trials where state = 'COMPLETE'").fetchone() == (3,)
+    study.close()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("submitit_local", "hydra_submitit_launcher"), ("ray_cluster", "hydra_ray_launcher")],
+)
+def test_a_clusters_launcher_trains_in_the_same_folders_and_goes_on_there(
+    launcher: str, plugin: str, short: list[str], program: Program, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{plugin}", reason="the launcher's extra is not installed")
+    kept = [override for override in short if not override.startswith("hydra.launcher")]
+    given = ("-m", *kept, "model.hidden_size=8,12", f"hydra/launcher={launcher}")
+    for _ in range(2):
+        done = program("train.py", *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert sorted(name.split("_")[0] for name in results(folder)) == ["lstm-12x1", "lstm-8x1"]
+    assert {result["status"] for result in results(folder).values()} == {"completed"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "plugin", "extra"),
+    [
+        ("hydra/launcher=slurm", "hydra_submitit_launcher", "slurm"),
+        ("hydra/launcher=ray_cluster", "hydra_ray_launcher", "ray"),
+        ("sweep=optuna", "hydra_optuna_sweeper", "optuna"),
+    ],
+)
+def test_a_plugin_that_is_not_installed_is_named_with_what_installs_it(
+    choice: str, plugin: str, extra: str, program: Program
+) -> None:
+    if importlib.util.find_spec(f"hydra_plugins.{plugin}"):
+        pytest.skip("it is installed")
+    done = program("train.py", "-m", choice, "model=lstm")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert f"-e '.[{extra}]'" in done.stderr
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
