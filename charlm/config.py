@@ -98,7 +98,7 @@ class DataConfig:
         )
         for name in ("batch_size", "eval_lanes"):
             value = getattr(self, name)
-            _check(value <= 1_000_000, f"data.{name}={value} must be 1,000,000 or less")
+            _check(value is None or value <= 1_000_000, f"data.{name}={value} must be 1,000,000 or less")
 
 
 @dataclass
