@@ -85,7 +85,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 def test_every_run_is_in_the_table_whatever_its_state(sweep: Path) -> None:
     with FileLock(sweep / "new" / ".lock"):
         (sweep / "lstm-64x1" / ".lock").touch()  # of a run that is over
-        write_report(sweep)
+        write_report(sweep, pictures=False)
     found = rows(sweep)
     completed = [f"{cell}-{size}x1" for cell in ("gru", "lstm", "rnn") for size in (64, 256)]
     assert {name: row["status"] for name, row in found.items()} == {
@@ -101,7 +101,7 @@ def test_every_run_is_in_the_table_whatever_its_state(sweep: Path) -> None:
 def test_settings_that_differ_are_columns_and_those_of_sampling_are_not(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "lstm", 8, 1.0, optimizer={"learning_rate": 0.1}, sampling={"length": 3})
     make_run(tmp_path / "b", "lstm", 8, 1.0, optimizer={"learning_rate": 0.2}, sampling={"length": 4})
-    write_report(tmp_path)
+    write_report(tmp_path, pictures=False)
     assert [row["optimizer.learning_rate"] for row in rows(tmp_path).values()] == ["0.1", "0.2"]
     assert "sampling.length" not in rows(tmp_path)["a"]
     assert "seed" not in rows(tmp_path)["a"]
