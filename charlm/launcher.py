@@ -225,11 +225,12 @@ class PoolLauncher(Launcher):
 
     @staticmethod
     def sum_up() -> None:
-        """Record the sweep as a whole where its runs are tracked, once nothing is left to run."""
+        """Draw the sweep's report, and record it where its runs are tracked, once nothing is left to run."""
         if PoolLauncher.latest is None:
             return
         folder, config = PoolLauncher.latest
         PoolLauncher.latest = None
+        ReportWriter(folder).finish(pictures=True)
         from charlm.tracking import record_sweep  # here, since it brings torch
 
         try:
@@ -297,7 +298,7 @@ class PoolLauncher(Launcher):
             raise
         finally:
             if tasks:
-                report.finish()
+                report.finish(pictures=False)
         if tasks:
             PoolLauncher.latest = (folder, batch[0].config)
         return bool(tasks)

@@ -159,11 +159,11 @@ class ReportWriter:
             self._thread = threading.Thread(target=self._write, args=(False,), name="report", daemon=True)
             self._thread.start()
 
-    def finish(self) -> None:
-        """Write it for the last time, with its pictures."""
+    def finish(self, pictures: bool) -> None:
+        """Write it for the last time."""
         if self._thread is not None:
             self._thread.join()
-        self._write(pictures=True)
+        self._write(pictures)
 
     def _write(self, pictures: bool) -> None:
         try:

@@ -130,13 +130,18 @@ def test_a_live_table_shows_the_trainings_on_a_terminal(short: list[str], tmp_pa
 def test_trainings_of_one_and_of_two_processes_follow_one_another_in_either_order(
     short: list[str], program: Program, tmp_path: Path
 ) -> None:
-    for order in ("1,2", "2,1"):
-        given = (f"trainer.devices={order}", "model.hidden_size=8", "hydra.launcher.jobs=1", f"hydra.sweep.dir={order}")
+    for name, devices in (("one_first", "1,2"), ("two_first", "2,1")):
+        given = (
+            f"trainer.devices={devices}",
+            "model.hidden_size=8",
+            "hydra.launcher.jobs=1",
+            f"hydra.sweep.dir={name}",
+        )
         done = program("train.py", "-m", *short, *given)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1,2", "2,1"]
-    assert losses(tmp_path / "1,2") == losses(tmp_path / "2,1")
-    worlds = ["on each of 2 devices" in log.read_text() for log in (tmp_path / "1,2").glob("*/output.log")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one_first", "two_first"]
+    assert losses(tmp_path / "one_first") == losses(tmp_path / "two_first")
+    worlds = ["on each of 2 devices" in log.read_text() for log in (tmp_path / "one_first").glob("*/output.log")]
     assert sorted(worlds) == [False, True]
 
 
