@@ -38,7 +38,7 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
 
 
-def _at_least(bound: int, **values: int | None) -> None:
+def _at_least(bound: int, **values: float | None) -> None:
     for name, value in values.items():
         _check(value is None or value >= bound, f"{name}={value} must be {bound} or more")
 
@@ -295,6 +295,7 @@ class AdamConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of("optimizer.name", self.name, ("adam", "adamw"))
         _check(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimizer.betas={self.betas} must be two numbers, each at least 0 and less than 1",
@@ -309,6 +310,7 @@ class RMSpropConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of("optimizer.name", self.name, ("rmsprop",))
         _check(0 <= self.alpha < 1, f"optimizer.alpha={self.alpha} must be at least 0 and less than 1")
 
 
@@ -320,6 +322,7 @@ class SGDConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of("optimizer.name", self.name, ("sgd",))
         _check(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must be at least 0 and less than 1")
 
 
@@ -339,13 +342,13 @@ class TrainerConfig:
     accelerator: Any = MISSING
     strategy: Any = MISSING
     devices: Any = MISSING
-    num_nodes: Any = MISSING
+    num_nodes: int = MISSING
     precision: Any = MISSING
     fast_dev_run: Any = MISSING
-    max_epochs: Any = MISSING
-    min_epochs: Any = MISSING
-    max_steps: Any = MISSING
-    min_steps: Any = MISSING
+    max_epochs: int | None = MISSING
+    min_epochs: int | None = MISSING
+    max_steps: int = MISSING
+    min_steps: int | None = MISSING
     max_time: Any = MISSING
     limit_train_batches: Any = MISSING
     limit_val_batches: Any = MISSING
@@ -353,23 +356,23 @@ class TrainerConfig:
     limit_predict_batches: Any = MISSING
     overfit_batches: Any = MISSING
     val_check_interval: Any = MISSING
-    check_val_every_n_epoch: Any = MISSING
-    num_sanity_val_steps: Any = MISSING
-    log_every_n_steps: Any = MISSING
-    enable_progress_bar: Any = MISSING
-    enable_model_summary: Any = MISSING
-    accumulate_grad_batches: Any = MISSING
-    gradient_clip_val: Any = MISSING
-    gradient_clip_algorithm: Any = MISSING
+    check_val_every_n_epoch: int | None = MISSING
+    num_sanity_val_steps: int = MISSING
+    log_every_n_steps: int | None = MISSING
+    enable_progress_bar: bool | None = MISSING
+    enable_model_summary: bool | None = MISSING
+    accumulate_grad_batches: int = MISSING
+    gradient_clip_val: float | None = MISSING
+    gradient_clip_algorithm: str | None = MISSING
     deterministic: Any = MISSING
-    benchmark: Any = MISSING
-    inference_mode: Any = MISSING
+    benchmark: bool | None = MISSING
+    inference_mode: bool = MISSING
     profiler: Any = MISSING
-    detect_anomaly: Any = MISSING
+    detect_anomaly: bool = MISSING
     plugins: Any = MISSING
-    sync_batchnorm: Any = MISSING
-    reload_dataloaders_every_n_epochs: Any = MISSING
-    enable_autolog_hparams: Any = MISSING
+    sync_batchnorm: bool = MISSING
+    reload_dataloaders_every_n_epochs: int = MISSING
+    enable_autolog_hparams: bool = MISSING
     capture: Any = MISSING  # not Lightning's: whether the step is one CUDA graph, see charlm/capture.py
 
 
@@ -564,6 +567,18 @@ class TrainConfig:
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
         _one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        _at_least(1, **self._given("accumulate_grad_batches", "check_val_every_n_epoch"))
+        _at_least(0, **self._given("log_every_n_steps", "min_steps", "min_epochs", "gradient_clip_val"))
+        _at_least(-1, **self._given("max_steps", "max_epochs", "num_sanity_val_steps"))
+        if self.trainer.get("gradient_clip_algorithm") is not None:
+            _one_of("trainer.gradient_clip_algorithm", self.trainer["gradient_clip_algorithm"], ("norm", "value"))
+        _check(
+            isinstance(self.trainer.get("max_time"), str | dict | None),
+            f"trainer.max_time={self.trainer.get('max_time')} must be a text such as 00:01:30:00 (days, hours, ...)",
+        )
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {f"trainer.{name}": self.trainer.get(name) for name in names}
 
 
 @dataclass

@@ -353,6 +353,8 @@ def _decoded(path: Path, encoding: str, max_expansion: float = math.inf) -> Deco
             f"{offset - pending + error.start}; name its encoding with data.encoding=NAME (latin-1 reads any bytes, "
             "one character each)"
         ) from None
+    except UnicodeError as error:  # such as UTF-16 without its mark
+        raise InputError(f"{path} is not {encoding}: {error}") from None
 
 
 class _Lines:

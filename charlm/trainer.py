@@ -41,7 +41,7 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
         # Our windows are dealt to the ranks as they are made; Lightning's sampler would deal text out letter by letter.
         plugins = [*_listed(arguments.pop("plugins", None)), WholeCheckpoints()]
         return L.Trainer(**arguments, **ours, plugins=plugins, logger=False, use_distributed_sampler=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except _REFUSALS as error:
         given = ", ".join(f"trainer.{name}={value}" for name, value in arguments.items() if name in _OF_THE_MACHINE)
         raise InputError(f"{' '.join(str(error).split())} (asked for: {given})") from None
 
@@ -67,6 +67,16 @@ def refuse_ranks_in_a_shared_process(trainer: L.Trainer) -> None:
         )
 
 
+# As Lightning says that it will not have something; the last of an accelerator whose library is not installed.
+_REFUSALS = (
+    MisconfigurationException,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+)
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")
 
 
