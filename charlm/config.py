@@ -227,8 +227,8 @@ class ModelConfig:
             else "model.hidden_size=null needs model.parameters=NUMBER, which chooses it",
         )
         _check(
-            self.uniform_init is None or self.uniform_init > 0,
-            f"model.uniform_init={self.uniform_init} must be above 0",
+            self.uniform_init is None or 0 < self.uniform_init <= 1e6,
+            f"model.uniform_init={self.uniform_init} must be above 0, and 1e6 or less",
         )
         self.parameters = None if self.parameters is None else _count("model.parameters", self.parameters)
         _at_least(0, **{"model.embedding_size": self.embedding_size})
