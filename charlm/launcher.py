@@ -29,7 +29,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from charlm.config import TrainConfig
+from charlm.config import TrainConfig, WandbConfig
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK
 from charlm.monitor import Monitor, ReportWriter, Row
@@ -231,6 +231,8 @@ class PoolLauncher(Launcher):
         folder, config = PoolLauncher.latest
         PoolLauncher.latest = None
         ReportWriter(folder).finish(pictures=True)
+        if not isinstance(config.logger, WandbConfig):
+            return
         from charlm.tracking import record_sweep  # here, since it brings torch
 
         try:
