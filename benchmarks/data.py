@@ -1,4 +1,4 @@
-"""What encoding, batches and large corpora cost: `python benchmarks/data.py`, a CPU, about three minutes.
+"""What encoding, batches and large corpora cost: `python benchmarks/data.py`, a CPU, about four minutes.
 
 Each ratio is of two measurements in the same run, on one core. The text is made from Python's own reference, which
 every CPython has, and for Chinese from characters drawn by Zipf's law; `--english FILE` and `--chinese FILE` take
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -22,22 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import numpy as np
+from measurement import Table, by_turns, machine, ratio, seconds
 
 MEGABYTE = 10**6
 WINDOW, BATCH = 100, 128
-
-
-def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median duration of a call."""
-    durations = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - begun)
-    return statistics.median(durations)
 
 
 def english() -> str:
@@ -66,15 +54,22 @@ def varied(text: str, size: int, draw: random.Random) -> Iterator[str]:
 def encoding(texts: dict[str, str]) -> None:
     from charlm.vocabulary import Vocabulary, code_points
 
-    print("\nEncoding, million characters a second: a dictionary per character, and charlm")
-    print(f"{'text':<10}{'symbols':>9}{'[d[c] for c in text]':>24}{'Vocabulary.encode':>20}{'ratio':>9}")
+    print("\nEncoding, million characters a second: a dictionary per character, and charlm\n")
+    table = Table("text", "symbols", "[d[c] for c in text]", "charlm", "ratio")
     for name, text in texts.items():
         vocabulary = Vocabulary.of([code_points(text)])
         ids = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
         assert vocabulary.encode(text).tolist() == [ids[c] for c in text]
-        slow = len(text) / seconds(lambda text=text, ids=ids: [ids[c] for c in text]) / 1e6
-        fast = len(text) / seconds(lambda text=text, encode=vocabulary.encode: encode(text), 15) / 1e6
-        print(f"{name:<10}{len(vocabulary):>9,}{slow:>24.1f}{fast:>20.1f}{fast / slow:>8.1f}x")
+
+        def slow(text: str = text, ids: dict[str, int] = ids) -> float:
+            return len(text) / seconds(lambda: [ids[c] for c in text]) / 1e6
+
+        def fast(text: str = text, vocabulary: Vocabulary = vocabulary) -> float:
+            return 5 * len(text) / seconds(lambda: [vocabulary.encode(text) for _ in range(5)]) / 1e6
+
+        rates = by_turns({"slow": slow, "fast": fast}, 5)
+        medians = [statistics.median(rates[way]) for way in ("slow", "fast")]
+        table.row(name, f"{len(vocabulary):,}", *medians, f"{ratio(rates, 'fast', 'slow'):.1f}")
 
 
 def batches(text: str) -> None:
@@ -99,17 +94,20 @@ def batches(text: str) -> None:
             if k == number:
                 return
 
-    print(f"\nBatches of {BATCH} windows of {WINDOW} characters, shuffled: thousand windows a second")
-    rates = {}
-    for name, number, make in (
-        ("Dataset, default collate", 100, lambda: DataLoader(PerItem(), BATCH, shuffle=True)),
-        ("charlm", 3000, lambda: ShuffledBatches(block, windows, BATCH, seed=0)),
-    ):
-        draw(make(), 2)
-        rates[name] = number * BATCH / seconds(lambda make=make, number=number: draw(make(), number)) / 1e3
-    slow = rates["Dataset, default collate"]
-    for name, rate in rates.items():
-        print(f"{name:<30}{rate:>10,.0f}{rate / slow:>9.1f}x")
+    def rate(make: Callable[[], Any], number: int) -> float:
+        return number * BATCH / seconds(lambda: draw(make(), number)) / 1e3
+
+    print(f"\nBatches of {BATCH} windows of {WINDOW} characters, shuffled: thousand windows a second\n")
+    rates = by_turns(
+        {
+            "Dataset, default collate": lambda: rate(lambda: DataLoader(PerItem(), BATCH, shuffle=True), 100),
+            "charlm": lambda: rate(lambda: ShuffledBatches(block, windows, BATCH, seed=0), 3000),
+        },
+        5,
+    )
+    table = Table("", "thousand windows/s", "ratio")
+    for name, values in rates.items():
+        table.row(name, statistics.median(values), f"{ratio(rates, name, 'Dataset, default collate'):.1f}")
 
 
 def measure(path: str, cache: str) -> None:
@@ -170,29 +168,30 @@ def measure(path: str, cache: str) -> None:
 
 
 def large(text: str, size: int) -> None:
-    print(f"\nA text of {size / 1e9:.1f} GB beside one of 1 MB: LSTM 128, batch 32, 100 steps behind the first 20")
-    print(
-        f"{'text':<18}{'prepare MB/s':>14}{'MB/s of CPU time':>18}{'peak MB over imports':>22}{'ms a step':>11}"
-        f"{'100 steps, s':>14}{'ratio':>7}"
-    )
-    small = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for name, length in (("1 MB", MEGABYTE), (f"{size / 1e9:.1f} GB", size), ("the same, cached", size)):
-            path = Path(folder) / f"{length}.txt"
-            if not path.exists():
-                with path.open("w", encoding="utf-8") as file:
-                    file.writelines(varied(text, length, random.Random(0)))
-            command = [sys.executable, "-W", "ignore", __file__, "--measure", str(path), folder]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            facts = json.loads(output.splitlines()[-1])
-            hundred = facts["hundred_steps"]
-            small = hundred if name == "1 MB" else small
-            print(
-                f"{name:<18}{facts['megabytes_a_second']:>14,.0f}{facts['megabytes_a_cpu_second']:>18,.0f}"
-                f"{facts['memory']:>22,.0f}{facts['step']:>11.2f}"
-                f"{hundred:>14.2f}{hundred / small:>7.2f}",
-                flush=True,
-            )
+        files = {}
+        for name, length in (("1 MB", MEGABYTE), (f"{size / 1e9:.1f} GB", size)):
+            files[name] = Path(folder) / f"{length}.txt"
+            with files[name].open("w", encoding="utf-8") as file:
+                file.writelines(varied(text, length, random.Random(0)))
+
+        def measured(name: str) -> dict[str, float]:
+            command = [sys.executable, "-W", "ignore", __file__, "--measure", str(files[name]), folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            facts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+            return facts
+
+        small, big = files
+        print(f"\nPreparing a text of {big}\n")
+        table = Table("", "MB/s", "MB/s of its CPU time", "peak MB over imports")
+        for name in ("prepared", "found in the cache"):
+            facts = measured(big)
+            table.row(name, facts["megabytes_a_second"], facts["megabytes_a_cpu_second"], facts["memory"])
+        print("\nTraining on it, LSTM 128, batch 32: 100 steps behind the first 20\n")
+        steps = by_turns({name: lambda name=name: measured(name)["hundred_steps"] for name in files}, 3)
+        table = Table("text", "seconds", "ratio")
+        for name, values in steps.items():
+            table.row(name, statistics.median(values), f"{ratio(steps, name, small):.2f}")
         for block_file in Path(folder).rglob("block.bin"):  # one, unless the text was too small to be kept
             from_disk(block_file)
 
@@ -203,8 +202,9 @@ def from_disk(block_file: Path) -> None:
 
     from charlm.windows import ShuffledBatches, Windows
 
-    print(f"\nThe first 100 batches of {BATCH} windows of a block on disk of {block_file.stat().st_size / 1e9:.1f} GB")
-    print(f"{'':<44}{'ms a batch':>12}")
+    size = block_file.stat().st_size
+    print(f"\nThe first 100 batches of {BATCH} windows of a block of {size / 1e9:.1f} GB, milliseconds a batch\n")
+    table = Table("", "ms a batch")
     for name, in_memory, asks in (
         ("all of it in memory", True, True),
         ("not in memory, each window waited for", False, False),
@@ -223,7 +223,7 @@ def from_disk(block_file: Path) -> None:
         begun = time.perf_counter()
         for _ in range(100):
             next(batches)
-        print(f"{name:<44}{(time.perf_counter() - begun) * 10:>12.2f}", flush=True)
+        table.row(name, (time.perf_counter() - begun) * 10)
         del batches, block, mapped  # what is mapped cannot be taken out of memory
 
 
@@ -242,8 +242,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, one core; Python {platform.python_version()}, ", end="")
-    print(f"numpy {np.__version__}, torch {torch.__version__}")
+    print(f"{machine('lightning', 'numpy')}; one core")
     texts = {
         "English": arguments.english.read_text(encoding="utf-8") if arguments.english else english() * 4,
         "Chinese": arguments.chinese.read_text(encoding="utf-8") if arguments.chinese else chinese(),
