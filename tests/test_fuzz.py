@@ -150,6 +150,7 @@ def names(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+@pytest.mark.timeout(1200)
 def test_any_settings_train_or_are_refused(composed: Callable[..., TrainConfig], text_file: Path) -> None:
     base = [*SMALL, "data=text", f"data.path={text_file}"]
     known = sorted({*names(composed(*base).resolved), *LIKELY})
@@ -182,6 +183,7 @@ BYTES = st.one_of(
 )
 
 
+@pytest.mark.timeout(1200)
 def test_any_bytes_train_or_are_refused(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
     counts = {"trained": 0, "refused": 0}
     path = tmp_path / "text.txt"
