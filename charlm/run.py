@@ -165,12 +165,13 @@ class Run:
             yield
         except Interrupted as interrupted:
             self._end("interrupted", signal=interrupted.signal.name)
-            log.error(
-                f"interrupted by {interrupted.signal.name}; the same command with hydra.run.dir={self.folder} goes on; "
-                f"{self._kept}"
-            )
-            if interrupted.signal == signal.SIGUSR1 and _on_first_rank():
-                requeue()
+            if _on_first_rank():
+                log.error(
+                    f"interrupted by {interrupted.signal.name}; the same command with hydra.run.dir={self.folder} goes "
+                    f"on; {self._kept}"
+                )
+                if interrupted.signal == signal.SIGUSR1:
+                    requeue()
             raise
         except InputError:
             raise
