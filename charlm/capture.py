@@ -212,15 +212,17 @@ class CapturedCharLM(CharLM):
         (scaler.scale(objective) if scaler else objective).backward()
         if scaler:
             scaler.unscale_(optimizer)
-        else:
-            finite = all_finite(self.parameters())
-            self.withheld += ~finite
-            withhold(optimizer, finite)
         bound, algorithm = self._clip
+        finite: Tensor | None = None
+        if bound is not None and algorithm == "norm":
+            finite = torch.nn.utils.clip_grad_norm_(self.parameters(), bound).isfinite()  # no norm is taken twice
+        elif not scaler:
+            finite = all_finite(self.parameters())
         if bound is not None and algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.parameters(), bound)
-        elif bound is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), bound)
+        if not scaler and finite is not None:
+            self.withheld += ~finite
+            withhold(optimizer, finite)
         if not scaler:
             optimizer.step()
         elif "fused" in self.optimizer_flags:  # asks the device itself whether a gradient overflowed

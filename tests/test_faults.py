@@ -290,7 +290,7 @@ class FullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
-@pytest.mark.parametrize(("size", "which"), [(1500, "metrics.csv|samples.jsonl|next.ckpt"), (40_000, "next.ckpt")])
+@pytest.mark.parametrize(("size", "which"), [(2500, "metrics.csv|samples.jsonl|next.ckpt"), (40_000, "next.ckpt")])
 def test_a_full_disk_stops_the_run_with_one_line(size: int, which: str, small: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert live(folder, [*small, "trainer.max_steps=60"], FullDisk(size)) == 1
