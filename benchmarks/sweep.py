@@ -40,7 +40,7 @@ def pool(tasks: int, jobs: int) -> float:
 def seconds(folder: Path, *arguments: str) -> tuple[float, float]:
     """Return how long `train.py` took, and how much of it its trainings count as their own."""
     begun = time.perf_counter()
-    subprocess.run([sys.executable, str(TRAIN), *SHORT, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(TRAIN), *arguments, *SHORT], check=True, stdout=subprocess.DEVNULL)
     wall = time.perf_counter() - begun
     return wall, sum(json.loads(file.read_text())["seconds"] for file in folder.rglob("result.json"))
 
