@@ -25,6 +25,8 @@ from charlm.errors import InputError, RunStopped
 from charlm.pool import follow_pool
 
 BAD_INPUT, STOPPED = 2, 1  # exit codes
+# Groups of which nothing is chosen by default. Hydra has them in its list and refuses the +, out of habit given before.
+_OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
 _PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/launcher/submitit_local": "slurm",
@@ -119,6 +121,8 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
 
     What is quoted already, a list, and in a multirun what has a comma (alternatives to sweep) stays as it is.
     """
+    if argument.startswith(_OPTIONAL_GROUPS):
+        return argument[1:]
     key, equals, value = argument.partition("=")
     if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
         return argument

@@ -57,7 +57,7 @@ def temperatures(run: Path) -> list[float]:
 def test_a_sweep_trains_each_cell_and_size_once_writes_at_each_temperature_and_goes_on_when_widened(
     short: list[str], program: Program, tmp_path: Path
 ) -> None:
-    sweep = ("-m", *short, "sweep=cell_size_temperature", "model.hidden_size=8,12", "sampling.temperature=0.5,1.0,1.3")
+    sweep = ("-m", *short, "+sweep=cell_size_temperature", "model.hidden_size=8,12", "sampling.temperature=0.5,1.0,1.3")
     done = program("train.py", *sweep, "model=lstm,gru")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
