@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measurement import Table, by_turns, machine, ratio, seconds
+from measurement import Table, by_turns, machine, on_one_core, ratio, seconds
 
 MEGABYTE = 10**6
 WINDOW, BATCH = 100, 128
@@ -234,8 +234,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1_100, help="MB of the large text (default 1100)")
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "CACHE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for this process and its children
+    on_one_core()
     if arguments.measure:
         measure(*arguments.measure)
         return

@@ -38,6 +38,12 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def on_one_core() -> None:
+    """Keep this process, and those that it starts, on one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def seconds(call: Callable[[], Any]) -> float:
     """Return how long a call takes."""
     begun = time.perf_counter()

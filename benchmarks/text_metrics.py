@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from measurement import on_one_core
 
 SAMPLES, LENGTH = 5, 1000
 
@@ -129,8 +128,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=30, help="million characters of training text (default 30)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "CHARACTERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for this process and its children
+    on_one_core()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
         return
