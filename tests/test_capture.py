@@ -286,11 +286,11 @@ def test_two_hundred_captured_steps_stay_with_the_eager_ones(tmp_path: Path) -> 
 
 @cuda
 @pytest.mark.parametrize(
-    "name", ["dropout", *(f"{part}_dropout" for part in ("input", "output", "embedding", "weight"))]
+    "name", ["dropout", *(f"{part}_dropout" for part in ("input", "hidden", "output", "embedding", "weight"))]
 )
 def test_each_replay_draws_another_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # One window in the whole text, and a rate too small to change a weight: what differs is what was dropped.
-    model = {"dropout": 0.5 if name == "dropout" else 0.0}
+    model = {"dropout": 0.5 if name == "dropout" else 0.0, "num_layers": 2}
     regularization = {} if name == "dropout" else {name: 0.5}
     monkeypatch.setitem(OPTIMIZER, "learning_rate", 1e-30)
     size = {"window": 1000, "stride": 10**9, "batch_size": 1}
