@@ -1,9 +1,10 @@
 # make train   set up, train on the default text, write samples       make test    set up, then every check and test
 # make check   lint, format and types only                            make clean   all that these made
 # make test-torchtext   set up an environment with torchtext beside it, then test the bridge to it (5 GB)
+# make test-ray         set up an environment with Ray beside it, then test sweeps on a Ray cluster of this machine
 PYTHON ?= python3
 
-.PHONY: train test test-torchtext check setup setup-torchtext clean
+.PHONY: train test test-torchtext test-ray check setup setup-torchtext setup-ray clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,16 +37,21 @@ setup: .venv/dev.stamp
 test-torchtext: setup-torchtext .venv/dev.stamp
 	CHARLM_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-torchtext/bin/python -m pytest tests/test_torchtext.py
 
+test-ray: setup-ray
+	.venv-ray/bin/python -m pytest tests/test_sweep.py -k "clusters_launcher and ray"
+
 setup-torchtext: .venv-torchtext/dev.stamp
 
-.venv-torchtext/dev.stamp: pyproject.toml constraints.txt constraints-torchtext.txt
-	$(PYTHON) -m venv .venv-torchtext
-	# All of constraints.txt but what constraints-torchtext.txt has instead.
-	sed 's/==.*/==/; s/^/^/' constraints-torchtext.txt | grep -v -f - constraints.txt \
-		| cat - constraints-torchtext.txt > .venv-torchtext/constraints.txt
-	.venv-torchtext/bin/python -m pip install --quiet --constraint .venv-torchtext/constraints.txt \
-		--editable '.[test,torchtext]'
+setup-ray: .venv-ray/dev.stamp
+
+# An extra that needs older packages than the others, in an environment of its own.
+.venv-%/dev.stamp: pyproject.toml constraints.txt constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	# All of constraints.txt but what the extra's own file has instead.
+	sed 's/==.*/==/; s/^/^/' constraints-$*.txt | grep -v -f - constraints.txt \
+		| cat - constraints-$*.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[test,$*]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torchtext runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torchtext .venv-ray runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -134,8 +134,10 @@ def _one_line(error: Exception) -> str:
     match cause:
         case MissingConfigException() if cause.missing_cfg_file in _PLUGINS:
             extra = _PLUGINS[cause.missing_cfg_file]
-            pins = "" if extra == "ray" else "-c constraints.txt "  # for ray needs older versions
-            text = f"{extra} is not installed; `pip install {pins}-e '.[{extra}]'` does that"
+            command = f"pip install -c constraints.txt -e '.[{extra}]'"
+            if extra == "ray":  # needs older versions of others
+                command = "make setup-ray"
+            text = f"{extra} is not installed; `{command}` does that"
         case MissingConfigException() if cause.missing_cfg_file:
             options = [option for option in cause.options or () if not option.endswith("_schema")]
             choices = f"; choose from {', '.join(options)}" if options else ""

@@ -24,17 +24,24 @@ from typing import Any
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from charlm.commandline import refuse
+from charlm.config import TrainConfig
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, write_whole
 from charlm.launcher import PoolLauncher
+from charlm.monitor import ReportWriter
+from charlm.results import read_results
 
 # Settings that make no other training.
 OF_NO_ACCOUNT = ("sampling.", "logger", "data.cache_dir")
 STUDY = "study.db"
+REPORT_LOCK = ".report.lock"  # held by the process that writes the report, where jobs of a cluster do
+POOL = "hydra_plugins.charlm_pool.PoolLauncher"
 CHOSEN = "auto"  # the last part of hydra.sweep.dir that leaves the folder's name to charlm
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -126,8 +133,21 @@ class SweepFolder(Callback):
                 config.hydra.sweep.dir = str(folder)
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted}")
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Write the report anew behind a job of a cluster's launcher, in the job's process: it may outlive the sweep's.
+
+        The pool, whose trainings are single runs, writes its own.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        if config.hydra.mode == RunMode.MULTIRUN and read_results(folder):
+            with FileLock(folder / REPORT_LOCK):
+                ReportWriter(folder).finish(pictures=False)
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Record the sweep, and end the program with an error where a sweeper went on without jobs that failed."""
+        """Sum the sweep up, and end the program with an error where a sweeper went on without jobs that failed."""
+        if config.hydra.launcher._target_ != POOL:
+            with suppress(InputError):  # a setting that only jobs have
+                PoolLauncher.latest = (Path(config.hydra.sweep.dir), TrainConfig.of(config))
         PoolLauncher.sum_up()
         if PoolLauncher.failures:
             refuse(RunStopped(f"{len(PoolLauncher.failures)} trainings failed: {'; '.join(PoolLauncher.failures)}"))
