@@ -83,7 +83,8 @@ def train(config: TrainConfig, folder: Path) -> float:
         prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
     sizes = sized(config.model, len(vocabulary))
     refuse_too_large(len(vocabulary), sizes)
-    arguments = {"enable_progress_bar": sys.stdout.isatty(), **choose_precision(config.trainer, sizes["hidden_size"])}
+    arguments = choose_precision(config.trainer, sizes["cell"], sizes["hidden_size"])
+    arguments.setdefault("enable_progress_bar", sys.stdout.isatty())
     signals = Signals()
     callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
@@ -123,7 +124,8 @@ def train(config: TrainConfig, folder: Path) -> float:
                 figures |= beside_the_test(config.evaluation, model, data, trainer.strategy.root_device)
             unseen = {f"{split}/unseen_characters": data.corpus.unknown[split] for split in ("val", "test")}
             sized_as = {"hidden_size": sizes["hidden_size"], "parameters": model.network.size}
-            run.complete({**figures, **unseen, **sized_as, "device": device_name(trainer)})
+            computed = {"device": device_name(trainer), "precision": str(trainer.precision)}
+            run.complete({**figures, **unseen, **sized_as, **computed})
     for line in describe_result(figures):
         log.info(line)
     log.info(f"kept in {folder}; write text with `python sample.py checkpoint={folder}`")

@@ -80,17 +80,33 @@ _REFUSALS = (
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "num_nodes", "precision")
 
 
-def choose_precision(arguments: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+def choose_precision(arguments: Mapping[str, Any], cell: str, hidden_size: int) -> dict[str, Any]:
     """Return the Trainer's arguments with a precision of Lightning's in the place of "auto".
 
     On CUDA, fp16 with a dynamic loss scaler ("16-mixed", Micikevicius et al., "Mixed precision training", 2018) from
     128 hidden units on: below, cuDNN's fp32 kernels are as fast. Not bfloat16: under its autocast torch runs cuDNN's
-    recurrent layers in fp16 all the same, but without the scaler, so that small gradients become 0. Elsewhere fp32.
+    recurrent layers in fp16 all the same, but without the scaler, so that small gradients become 0.
+
+    On a CPU with AMX, bfloat16 ("bf16-mixed") for an LSTM from 64 hidden units on, whose layers oneDNN computes. It
+    makes GRUs and plain networks slower, whose steps torch takes one by one, and LSTMs too where a CPU has no more
+    for bfloat16 than AVX-512's instructions (BENCHMARKS.md). Elsewhere fp32.
     """
     if arguments.get("precision") != "auto":
         return dict(arguments)
-    cuda = torch.cuda.is_available() and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return {**arguments, "precision": "16-mixed" if cuda and hidden_size >= 128 else "32-true"}
+    accelerator = arguments.get("accelerator", "auto")
+    precision = "32-true"
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        if hidden_size >= 128:
+            precision = "16-mixed"
+    elif accelerator in ("auto", "cpu") and cell == "lstm" and hidden_size >= 64 and has_amx():
+        precision = "bf16-mixed"
+    return {**arguments, "precision": precision}
+
+
+def has_amx() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16 (Intel's AMX), as far as this torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 and older may lack
+    return bool(capabilities.get("amx_bf16", False))
 
 
 def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:

@@ -182,21 +182,34 @@ def test_a_run_interrupted_in_every_third_step_comes_to_the_same(
     assert same(outcome(folder), undisturbed(*short)[0])
 
 
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_run_in_16_bits_goes_on_as_exactly(
+    order: str, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    half = ("trainer.precision=bf16-mixed", "model.hidden_size=64", f"data.order={order}")
+    folder = tmp_path / "run"
+    assert live(folder, [*small, *half], SignalAt(STEP, 12, signal.SIGKILL)) == -signal.SIGKILL
+    assert live(folder, [*small, *half], SignalAt(STEP, 5)) == 143
+    assert live(folder, [*small, *half]) == 0, folder.with_suffix(".log").read_text()
+    assert same(outcome(folder), undisturbed(*half)[0])
+
+
 def test_a_second_signal_ends_at_once(small: list[str], tmp_path: Path) -> None:
     assert live(tmp_path / "run", small, SignalAt(STEP, 13, times=2)) == 143
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 10
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "precision"), [(0, "32-true"), (1, "bf16-mixed")])
 def test_a_signal_to_one_of_two_processes_ends_both_behind_one_step(
-    rank: int, small: list[str], undisturbed_ranks: Callable[..., tuple[Any, float]], tmp_path: Path
+    rank: int, precision: str, small: list[str], undisturbed_ranks: Callable[..., tuple[Any, float]], tmp_path: Path
 ) -> None:
-    folder, overrides = tmp_path / "run", [*small, *settings("lstm", "shuffled")]
+    told = (*settings("lstm", "shuffled"), f"trainer.precision={precision}")
+    folder, overrides = tmp_path / "run", [*small, *told]
     assert end_of(begin_ranks(folder, overrides, SignalAt(STEP, 12, rank=rank))) == [143, 143]
     assert status(folder) == "interrupted"
     assert end_of(begin_ranks(folder, overrides)) == [0, 0]
-    assert same(outcome(folder), undisturbed_ranks(*settings("lstm", "shuffled"))[0])
+    assert same(outcome(folder), undisturbed_ranks(*told)[0])
 
 
 def test_a_requeued_job_of_slurm_goes_on_in_its_folder(
