@@ -105,7 +105,7 @@ def choose_precision(arguments: Mapping[str, Any], cell: str, hidden_size: int) 
 
 def has_amx() -> bool:
     """Return whether the processor multiplies matrices of bfloat16 (Intel's AMX), as far as this torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 and older may lack
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     return bool(capabilities.get("amx_bf16", False))
 
 
