@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -43,6 +45,9 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     disk, with one line and exit code 1. Everything else that fails is a fault of the program's, and keeps its
     traceback.
     """
+    # The first to be registered is the last to be called: behind it Python would look through half a million objects
+    # for cycles, with a second or two between a program's end and that of its process.
+    atexit.register(gc.freeze)
     logging.raiseExceptions = False  # a full disk costs the log file, not a traceback for each line of it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
