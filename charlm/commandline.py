@@ -99,6 +99,18 @@ def job() -> Iterator[Path]:
         refuse(error)
 
 
+def command(folder: Path) -> list[str]:
+    """Return the program and its arguments that do again what this process does in a run's folder.
+
+    A job that shares the process of a sweep, or that a cluster's worker runs, is told by its own settings.
+    """
+    if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+        return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    hydra = HydraConfig.get()
+    told = [override for override in hydra.overrides.task if override.lstrip("+").partition("=")[0] != "sweep"]
+    return [f"{hydra.job.name}.py", *told, f"hydra.run.dir={_quoted(str(folder))}"]
+
+
 def _folder_of_all_ranks(arguments: Sequence[str]) -> list[str]:
     """Return what names the run's folder where several processes were started from outside: each by itself would choose
     another, by the time and at random.
@@ -131,7 +143,11 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
         return argument
-    return f"{key}={QuotedString(text=value.replace('${', chr(92) + '${'), quote=Quote.double).with_quotes()}"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text.replace("${", chr(92) + "${"), quote=Quote.double).with_quotes()
 
 
 def _one_line(error: Exception) -> str:

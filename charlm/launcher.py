@@ -38,6 +38,7 @@ from charlm.sampled import Sampled, drawn_with
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED = "interrupted"
 OUTPUT = "output.log"  # what a training printed, in its folder
 # Of Hydra's own settings, those that say how to sweep and not how to run a job.
 OF_THE_SWEEP = (
@@ -140,12 +141,16 @@ class Training:
         if task is None:
             row.state = "done"
             return
-        if task.began is None or row.state in ("done", "failed"):
+        if task.began is None or row.state in ("done", "interrupted", "failed"):
             return
         row.seconds = (task.ended or time.monotonic()) - task.began
         row.state = "running" if task.ended is None else "done" if self.done else "failed"
         if row.state == "failed":
-            self.cause = row.note = self._why_it_failed(task, time_limit)
+            self.cause = self._why_it_failed(task, time_limit)
+            if self.cause == INTERRUPTED:
+                row.state = INTERRUPTED
+            else:
+                row.note = self.cause
 
     def _why_it_failed(self, task: Task, time_limit: float | None) -> str:
         code = task.exit_code or 0
@@ -157,7 +162,7 @@ class Training:
         if task.timed_out:
             cause = f"over its time limit of {time_limit:g} minutes"
         elif code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            cause = "interrupted"
+            cause = INTERRUPTED
         elif said:
             cause = said[-1]
         elif code < 0:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REDRAW = 0.5  # seconds
-STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "interrupted": "yellow", "failed": "bold red"}
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Row:
         name: of its run.
         metrics: its run's metrics.csv.
         steps: how many optimizer steps it shall take, where that is known.
-        state: waiting, running, done or failed.
+        state: waiting, running, done, interrupted or failed.
         note: why it failed.
         seconds: how long it has taken.
     """
@@ -77,16 +77,20 @@ class Monitor:
 
         console = Console()
         if not console.is_terminal:
-            yield
-            self._draw()
+            try:
+                yield
+            finally:
+                self._draw()
             return
         from rich.live import Live
 
         with Live(self._table(), console=console, auto_refresh=False) as live:
             self._draw = lambda: live.update(self._table(console.height - 4), refresh=True)
-            yield
-            self._draw = lambda: live.update(self._table(), refresh=True)
-            self._draw()
+            try:
+                yield
+            finally:
+                self._draw = lambda: live.update(self._table(), refresh=True)
+                self._draw()
 
     def update(self) -> None:
         """Show them as they are now; called as often as one likes."""
@@ -114,7 +118,7 @@ class Monitor:
         counts = {state: sum(row.state == state for row in rows) for state in STYLES}
         kept = rows
         if height is not None and len(rows) > height:
-            order = ("running", "failed", "waiting", "done")
+            order = ("running", "failed", "interrupted", "waiting", "done")
             kept = sorted(rows, key=lambda row: order.index(row.state))[: max(1, height)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.title = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -126,15 +130,16 @@ class Monitor:
             ("val", "right"),
         ):
             table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("s", justify="right")
-        table.add_column("", no_wrap=True, overflow="ellipsis")
+        table.add_column("s", justify="right", no_wrap=True)
+        table.add_column("")  # the only one that may be narrowed
         for row in kept:
             last = row.progress() if row.state != "waiting" else {}
             losses = [f"{float(last[name]):.4f}" if name in last else "" for name in ("train/loss", "val/loss")]
             step = f"{int(last['step']):,}" + (f" of {row.steps:,}" if row.steps else "") if "step" in last else ""
             seconds = f"{row.seconds:,.0f}" if row.seconds is not None else ""
             state = Text(row.state, STYLES[row.state])
-            table.add_row(Text(row.name), state, step, *losses, seconds, Text(row.note))
+            note = Text(row.note, no_wrap=True, overflow="ellipsis")
+            table.add_row(Text(row.name), state, step, *losses, seconds, note)
         if len(kept) < len(rows):
             table.caption = f"and {len(rows) - len(kept)} more"
         return table
@@ -151,10 +156,15 @@ class ReportWriter:
         self._folder = folder
         self._thread: threading.Thread | None = None
         self._ended = 0
+        self._again = 0.0  # time.monotonic()
 
     def update(self, ended: int) -> None:
-        """Write it if more trainings have ended than when it was begun last; called as often as one likes."""
-        if ended > self._ended and (self._thread is None or not self._thread.is_alive()):
+        """Write it if more trainings have ended than when it was begun last; called as often as one likes.
+
+        It takes processor time from the trainings, so that it is not written for more than a tenth of the time.
+        """
+        writing = self._thread is not None and self._thread.is_alive()
+        if ended > self._ended and not writing and time.monotonic() >= self._again:
             self._ended = ended
             self._thread = threading.Thread(target=self._write, args=(False,), name="report", daemon=True)
             self._thread.start()
@@ -166,9 +176,12 @@ class ReportWriter:
         self._write(pictures)
 
     def _write(self, pictures: bool) -> None:
+        begun = time.monotonic()
         try:
             from charlm.report import write_report
 
             write_report(self._folder, pictures)
         except Exception as error:  # it must not cost the sweep
             log.warning(f"the report is not written: {type(error).__name__}: {error}")
+        now = time.monotonic()
+        self._again = now + 9 * (now - begun)

@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
+from charlm.commandline import command
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, write_whole
 from charlm.sampled import Sampled
@@ -205,7 +205,7 @@ class Run:
             **figures,
             "seconds": round(time.time() - self._begun, 1),
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": command(self.folder),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
         }
         content = json.dumps(result, indent=2) + "\n"

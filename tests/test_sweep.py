@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -118,10 +119,9 @@ def test_a_live_table_shows_the_trainings_on_a_terminal(short: list[str], tmp_pa
         pty.spawn(command, read)
     finally:
         os.chdir(before)
-    text = shown.decode()
-    assert "1 done, 1 failed" in text
-    assert "4 of 4" in text
-    assert "is the largest that fits" in text
+    last = shown.decode().rpartition("1 done, 1 failed")[2]
+    assert re.search(r"lstm-8x1_\w+ .*done.* 4 of 4 ", last)
+    assert re.search(r"lstm-8x1_\w+ .*failed.* the train split has \d+ characters in one piece.*…", last)
 
 
 # --- several devices ----------------------------------------------------------------------------------------------
@@ -277,6 +277,7 @@ def test_a_signal_ends_every_training_and_the_same_command_goes_on(
     printed, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 128 + signum, printed
     assert "the same command goes on" in printed
+    assert ": interrupted after" in printed
     assert [result["status"] for result in results(tmp_path / "s").values()] == ["interrupted"]
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in running
@@ -326,6 +327,8 @@ def test_a_clusters_launcher_trains_in_the_same_folders_and_goes_on_there(
     assert sorted(name.split("_")[0] for name in results(folder)) == ["lstm-12x1", "lstm-8x1"]
     assert {result["status"] for result in results(folder).values()} == {"completed"}
     assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 2
+    alone = program(*next(iter(results(folder).values()))["command"])
+    assert (alone.returncode, "is complete" in alone.stdout) == (0, True), alone.stderr
 
 
 @pytest.mark.parametrize(
