@@ -6,8 +6,9 @@ The text around the tables stays; a table stands between two lines, and is writt
     <!-- end -->
 
 The first word says which runs it is of: `grid` (those of `experiment=grid/...`), another experiment's name, `default`.
-What follows are the split, its fractions and the text, by the name of its file or of its source. Runs that differ in
-their seed alone are one row: the mean, and the spread from the lowest to the highest.
+What follows are the split, its fractions and the text, by the name of its file or of its source; python_docs with the
+version of the Python that it came with, whose text it is. Runs that differ in their seed alone are one row: the mean,
+and the spread from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def experiment(run: Result) -> str:
 def place(run: Result) -> str:
     """Return a run's split, fractions and text, as a table's name has them."""
     text = Path(str(run.config.get("data.path") or run.config["data.source"])).name
+    if text == "python_docs":
+        text += "-" + ".".join(run.end["versions"]["python"].split(".")[:2])
     return " ".join([run.config["data.split"], *(f"{share:g}" for share in run.config["data.fractions"]), text])
 
 

@@ -62,6 +62,24 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_in_the_table_that_name
     assert "kept" in text  # there are no runs of that table
 
 
+def test_pythons_reference_is_a_text_of_its_own_with_each_python(page: ModuleType, tmp_path: Path) -> None:
+    name = "<!-- table: shakespeare contiguous 0.85 0.05 0.1 python_docs-{} -->\nold\n<!-- end -->\n"
+    (tmp_path / "page.md").write_text(name.format("3.11") + name.format("3.12"))
+    folder = tmp_path / "runs" / "1"
+    write_run(folder, 1, 1.4, split="contiguous")
+    config, result = (
+        yaml.safe_load((folder / "config.yaml").read_text()),
+        json.loads((folder / "result.json").read_text()),
+    )
+    config["data"] |= {"source": "python_docs", "path": None}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "result.json").write_text(json.dumps({**result, "versions": {"python": "3.12.3"}}))
+    page.main([tmp_path / "runs"])
+    of_3_11, of_3_12 = (tmp_path / "page.md").read_text().split("python_docs-3.12")
+    assert "old" in of_3_11
+    assert "70,000" in of_3_12
+
+
 def test_every_table_of_the_page_is_one_that_runs_could_fill() -> None:
     names = [
         line.split("table: ")[1].removesuffix(" -->")
