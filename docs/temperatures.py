@@ -1,8 +1,8 @@
 """Print a table of what temperatures do, beside held-out text: `python docs/temperatures.py TEXT RUN [RUN ...]`.
 
-TEXT is the text file that the runs learned from, or python_docs. Runs that differ in their seed alone are one table: the
-mean of what their best checkpoints wrote at each temperature. Its last row is the mean of the test split's pieces that
-are as long as the samples.
+TEXT is the text file that the runs learned from, or python_docs. Runs that differ in their seed alone are one table:
+the mean of what their best checkpoints wrote at each temperature. Its last row is the mean of the test split's pieces
+that are as long as the samples.
 """
 
 from __future__ import annotations
