@@ -31,7 +31,8 @@ def sample(config: SampleConfig) -> list[dict[str, Any]]:
         the training text; see charlm/text_metrics.py.
 
     Raises:
-        InputError: no checkpoint, an unreadable one, or a prompt that the model cannot read. Nothing is written then.
+        InputError: no checkpoint, an unreadable one, a prompt that the model cannot read, or weights that the device
+            cannot have. Nothing is written then.
     """
     # Here, so that --help and a mistyped setting are answered without waiting for torch.
     from charlm.checkpoint import find_checkpoint, find_device, open_checkpoint
@@ -43,7 +44,7 @@ def sample(config: SampleConfig) -> list[dict[str, Any]]:
     model = open_checkpoint(path)
     prompt = read_prompt(config)
     ids = prompt_ids(model.vocabulary, prompt, config.on_unknown)
-    sampler = Sampler(model.network.to(device), model.vocabulary, config.top_k, config.top_p)
+    sampler = Sampler(model.network.to(device), model.vocabulary, config.top_k, config.top_p, config.weights)
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
         texts = [""] * config.num_samples

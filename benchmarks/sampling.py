@@ -4,6 +4,7 @@
                `torch.multinomial` for each character, with gradients, the text in a list
     nn.LSTM    the same with what costs nothing to leave out left out: no gradients, rows for one-hot vectors
     charlm     `Sampler.texts`, from the weights to the text, all that it prepares included
+    int8       the same with weights of 8 bits, on a CPU
 
 Networks are fresh ones over 104 characters, as the default corpus has; temperature 0.8. Characters a second of all
 texts together, medians of several runs by turns; ratios are medians of the turns'.
@@ -69,9 +70,10 @@ def by_character(network: CharRNN, texts: int, length: int) -> list[str]:
     return ["".join(pieces) for pieces in zip(*rows, strict=True)]
 
 
-def charlm(network: CharRNN, texts: int, length: int) -> list[str]:
+def charlm(network: CharRNN, texts: int, length: int, weights: str = "float32") -> list[str]:
     seeds = [(1, number) for number in range(texts)]
-    return Sampler(network, Vocabulary(SYMBOLS)).texts([START], length, [TEMPERATURE] * texts, seeds)
+    sampler = Sampler(network, Vocabulary(SYMBOLS), weights=weights)
+    return sampler.texts([START], length, [TEMPERATURE] * texts, seeds)
 
 
 def main() -> None:
@@ -85,14 +87,19 @@ def main() -> None:
         "nn.LSTM": by_character,
         "charlm": charlm,
     }
-    table = Table("network", "texts", *ways, "charlm / notebook", "charlm / nn.LSTM", "300 characters, ms")
+    ratios = [("charlm", "notebook"), ("charlm", "nn.LSTM")]
+    if given.device == "cpu":
+        ways["int8"] = partial(charlm, weights="int8")
+        ratios.append(("int8", "notebook"))
+    names = (f"{first} / {second}" for first, second in ratios)
+    table = Table("network", "texts", *ways, *names, "300 characters, ms")
     for cell, size, layers, texts in CUDA_CASES if given.device == "cuda" else CPU_CASES:
         torch.manual_seed(1)
         network = CharRNN(len(SYMBOLS), cell, size, layers).to(given.device).eval()
         for way in ways.values():
             way(network, texts, 40)  # libraries load
         whole = CHARACTERS[given.device][texts]
-        lengths = {way: whole if way == "charlm" else int(whole * SHARE[given.device]) for way in ways}
+        lengths = {way: whole if way in ("charlm", "int8") else int(whole * SHARE[given.device]) for way in ways}
         drawers = {way: partial(seconds, partial(ways[way], network, texts, lengths[way])) for way in ways}
         rates = {
             way: [texts * lengths[way] / taken for taken in values]
@@ -103,8 +110,7 @@ def main() -> None:
             f"{cell.upper()} {size}x{layers}",
             str(texts),
             *(statistics.median(values) for values in rates.values()),
-            f"{ratio(rates, 'charlm', 'notebook'):.1f}",
-            f"{ratio(rates, 'charlm', 'nn.LSTM'):.1f}",
+            *(f"{ratio(rates, first, second):.1f}" for first, second in ratios),
             statistics.median(short) * 1e3,
         )
 

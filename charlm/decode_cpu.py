@@ -11,6 +11,10 @@ What a text is does not depend on what is drawn beside it, so the sums of a prod
 in another order for a single row, and for very many: one row therefore has a second beside it, and many are cut.
 `rows_agree` tries, before a shape is used, that the numbers of rows which are left give the same sums to the last bit.
 
+Weights that no core's cache holds are read from memory for each character, and that takes nearly all the time. In 8
+bits they are a quarter: "int8" rounds each weight to one of 255 steps, which are as wide as the largest weight of its
+gate asks for, and what it is multiplied with to bfloat16.
+
 Legend: B samples, R rows of a product, V vocabulary, H hidden, G gates (4H in an LSTM, 3H in a GRU, H in a plain one).
 """
 
@@ -23,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charlm.draw import Drawer, prepared
@@ -31,7 +36,34 @@ from charlm.vocabulary import FIRST_WRITTEN, Ids
 
 Array = npt.NDArray[np.float32]
 
-NUMBERS_OF_ROWS = (2, 4, 8, 16, 24, 32, 48, 64)  # that a product has
+MOST_ROWS = 64  # that a product has
+
+
+class Arithmetic(NamedTuple):
+    """A way to multiply."""
+
+    numbers_of_rows: tuple[int, ...]  # that a product may have
+    # From a weight (width in, width out) to what writes the product with rows (R, width in) into (R, width out).
+    multiplier: Callable[[Tensor], Callable[[Tensor, Tensor], object]]
+
+
+def _float32(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
+    return lambda rows, out: torch.mm(rows, weight, out=out)
+
+
+def _int8(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
+    step = (weight.abs().amax(dim=0) / 127).clamp(min=1e-30).bfloat16()  # (width out,)
+    whole = (weight / step.float()).round().clamp(-127, 127).to(torch.int8).T  # (width out, width in)
+    # Torch's product reads vectors, also beyond the end of a row that is no multiple of them.
+    zeros = (0, -len(weight) % 64)
+    whole = F.pad(whole, zeros).contiguous()
+    return lambda rows, out: out.copy_(torch._weight_int8pack_mm(F.pad(rows.bfloat16(), zeros), whole, step))
+
+
+ARITHMETICS = {
+    "float32": Arithmetic((2, 4, 8, 16, 24, 32, 48, MOST_ROWS), _float32),
+    "int8": Arithmetic((1, 2, 4, 8, 16, 24, 32, 48, MOST_ROWS), _int8),
+}
 
 
 def decode(
@@ -41,9 +73,10 @@ def decode(
     uniforms: Array,
     top_k: int | None,
     top_p: float | None,
+    arithmetic: str = "float32",
 ) -> Iterator[Ids]:
     """Yield the next ids, shape (B,), for each row of `uniforms`; see `charlm.generate.Sampler.stream`."""
-    weights = Weights(network)
+    weights = Weights(network, arithmetic)
     alone = Steps(weights, 1)
     for i in prompt:
         alone.read([i])
@@ -57,7 +90,7 @@ def decode(
         steps.read(ids)
 
 
-def serves(network: CharRNN) -> bool:
+def serves(network: CharRNN, arithmetic: str = "float32") -> bool:
     """Return whether a network is on a CPU, and every product there gives a row the same sums in every number of rows
     that there is of it.
     """
@@ -65,56 +98,67 @@ def serves(network: CharRNN) -> bool:
     if output.device.type != "cpu":
         return False
     sizes = {(rnn.hidden_size, rnn.weight_hh_l0.shape[0]), (rnn.hidden_size, len(output) - FIRST_WRITTEN)}
-    return all(rows_agree(*size, torch.get_num_threads()) for size in sorted(sizes))
+    return all(rows_agree(*size, torch.get_num_threads(), arithmetic) for size in sorted(sizes))
 
 
 @cache
-def rows_agree(width_in: int, width_out: int, threads: int) -> bool:
-    """Return whether a product of these sizes gives a row the same sums to the last bit, whichever of
-    `NUMBERS_OF_ROWS` it is one of.
+def rows_agree(width_in: int, width_out: int, threads: int, arithmetic: str = "float32") -> bool:
+    """Return whether a product of these sizes gives a row the same sums to the last bit, whichever of the arithmetic's
+    numbers of rows it is one of.
     """
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(NUMBERS_OF_ROWS[-1], width_in, generator=draw)
-    weight = torch.randn(width_in, width_out, generator=draw)
-    whole = torch.mm(rows, weight)
+    rows = torch.randn(MOST_ROWS, width_in, generator=draw)
+    numbers, multiplier = ARITHMETICS[arithmetic]
+    multiply = multiplier(torch.randn(width_in, width_out, generator=draw))
+
+    def product(some: slice) -> Tensor:
+        out = torch.empty(len(rows[some]), width_out)
+        multiply(rows[some], out)
+        return out
+
+    whole = product(slice(None))
     return all(
-        torch.equal(torch.mm(rows[some], weight), whole[some])
-        for number in NUMBERS_OF_ROWS
-        for some in (slice(number), slice(-number, None))
+        torch.equal(product(some), whole[some]) for number in numbers for some in (slice(number), slice(-number, None))
     )
 
 
 class Product(NamedTuple):
-    """What rows are multiplied with, and what is added."""
+    """What is done with rows: they are multiplied, and something is added."""
 
-    weight: Tensor  # (width in, width out)
+    size: torch.Size  # width in, width out
+    multiply: Callable[[Tensor, Tensor], object]  # rows (R, width in) into (R, width out)
     bias: Tensor | None  # (width out,); None: another product's has it in it
 
 
 class Weights:
     """A network's weights as the steps read them, the gates that are sigmoids side by side and halved."""
 
-    def __init__(self, network: CharRNN) -> None:
+    def __init__(self, network: CharRNN, arithmetic: str = "float32") -> None:
         rnn = network.rnn
+        self.numbers_of_rows, multiplier = ARITHMETICS[arithmetic]
+
+        def product(weight: Tensor, bias: Tensor | None) -> Product:
+            return Product(weight.shape, multiplier(weight), bias)
+
         self.hidden_size = rnn.hidden_size
         self.cell = _CELLS[type(rnn)]
-        self.inputs: list[Product] = []  # of each layer
-        self.hidden: list[Product] = []
+        symbols = network.one_hot if network.embedding is None else network.embedding.weight.detach()  # (V, I)
+        self.inputs: list[Product] = []  # of each layer but the first, for which there is the table
+        self.hidden: list[Product] = []  # of each layer
         for layer in range(rnn.num_layers):
             w_ih, w_hh, b_ih, b_hh = (getattr(rnn, f"{name}_l{layer}").detach().float() for name in _NAMES)
             if not isinstance(rnn, nn.GRU):  # whose reset gate stands before one hidden bias
                 b_ih, b_hh = b_ih + b_hh, None
             arranged = self.cell.arranged
-            self.inputs.append(Product(arranged(w_ih.T), arranged(b_ih)))
-            self.hidden.append(Product(arranged(w_hh.T), None if b_hh is None else arranged(b_hh)))
+            if layer:
+                self.inputs.append(product(arranged(w_ih.T), arranged(b_ih)))
+            else:
+                self.table = (symbols.float() @ arranged(w_ih.T) + arranged(b_ih)).numpy()  # (V, G)
+            self.hidden.append(product(arranged(w_hh.T), None if b_hh is None else arranged(b_hh)))
         output = network.output
-        self.output = Product(
+        self.output = product(
             output.weight.detach()[FIRST_WRITTEN:].float().T.contiguous(), output.bias.detach()[FIRST_WRITTEN:].float()
         )
-        symbols = network.one_hot if network.embedding is None else network.embedding.weight.detach()  # (V, I)
-        weight, bias = self.inputs[0]
-        assert bias is not None
-        self.table = (symbols.float() @ weight + bias).numpy()  # (V, G)
 
 
 class Steps:
@@ -127,13 +171,13 @@ class Steps:
 
     def __init__(self, weights: Weights, samples: int) -> None:
         def rows(width: int) -> Tensor:
-            largest = NUMBERS_OF_ROWS[-1]
-            rest = next(number for number in NUMBERS_OF_ROWS if number >= samples % largest)
-            return torch.zeros(samples - samples % largest + (rest if samples % largest else 0), width)
+            rest = samples % MOST_ROWS
+            whole = next(number for number in weights.numbers_of_rows if number >= rest) if rest else 0
+            return torch.zeros(samples - rest + whole, width)
 
         self._table = weights.table
         size, gates = weights.hidden_size, weights.table.shape[1]
-        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output.weight.shape[1])
+        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output.size[1])
         self._x: Array = from_below.numpy()[:samples]
         self.logits: Array = logits.numpy()[:samples]
         self.state: list[Array] = []
@@ -141,7 +185,7 @@ class Steps:
         hidden: Tensor | None = None
         for layer, product in enumerate(weights.hidden):
             if hidden is not None:
-                self._multiply(hidden, weights.inputs[layer], from_below)
+                self._multiply(hidden, weights.inputs[layer - 1], from_below)
             hidden = rows(size)
             self._multiply(hidden, product, from_before)
             cell = weights.cell(self._x, from_before.numpy()[:samples], hidden.numpy()[:samples])
@@ -151,9 +195,8 @@ class Steps:
         self._multiply(hidden, weights.output, logits)
 
     def _multiply(self, rows: Tensor, product: Product, out: Tensor) -> None:
-        most = NUMBERS_OF_ROWS[-1]
-        for part, part_out in zip(torch.split(rows, most), torch.split(out, most), strict=True):
-            self._work.append(partial(torch.mm, part, product.weight, out=part_out))
+        for part, part_out in zip(torch.split(rows, MOST_ROWS), torch.split(out, MOST_ROWS), strict=True):
+            self._work.append(partial(product.multiply, part, part_out))
         if product.bias is not None:
             self._work.append(partial(np.add, out.numpy(), product.bias.numpy(), out.numpy()))
 

@@ -13,6 +13,7 @@ import torch
 
 from charlm import decode_cpu, decode_exact
 from charlm.draw import Drawer, draw, prepared
+from charlm.errors import InputError
 from charlm.generate import Sampler
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
@@ -150,19 +151,19 @@ def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_agrees_is_tried_with_the_sizes_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: set[tuple[int, int]] = set()
-    monkeypatch.setattr(decode_cpu, "rows_agree", lambda width_in, width_out, _: not tried.add((width_in, width_out)))
+    monkeypatch.setattr(decode_cpu, "rows_agree", lambda width_in, width_out, *_: not tried.add((width_in, width_out)))
     made = network("gru", 48, 2)
     assert decode_cpu.serves(made)
     weights = decode_cpu.Weights(made)
-    products = (*weights.inputs[1:], *weights.hidden, weights.output)
-    assert tried == {tuple(product.weight.shape) for product in products}
+    products = (*weights.inputs, *weights.hidden, weights.output)
+    assert tried == {tuple(product.size) for product in products}
 
 
 def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     product = torch.mm
 
-    def two_ways(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return product(rows, weight) if len(rows) > 8 else product(rows.flip(1), weight.flip(0))
+    def two_ways(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return product(rows, weight, out=out) if len(rows) > 8 else product(rows.flip(1), weight.flip(0), out=out)
 
     decode_cpu.rows_agree.cache_clear()
     assert decode_cpu.rows_agree(64, 32, 1)
@@ -170,6 +171,39 @@ def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.
     monkeypatch.setattr(torch, "mm", two_ways)
     assert not decode_cpu.rows_agree(64, 32, 1)
     decode_cpu.rows_agree.cache_clear()
+
+
+# --- weights of 8 bits ----------------------------------------------------------------------------------------------
+
+
+@cells
+@pytest.mark.parametrize("size", [33, 128])
+def test_with_weights_of_8_bits_too_a_text_is_its_own_whatever_is_drawn_beside_it(cell: str, size: int) -> None:
+    made = network(cell, size)
+    assert decode_cpu.serves(made, "int8")
+    together = drawn(decode_cpu, made, 70, 60, arithmetic="int8")
+    assert not np.array_equal(together, drawn(decode_cpu, made, 70, 60))
+    for samples in (1, 2, 3, 7, 20, 65):
+        assert np.array_equal(drawn(decode_cpu, made, samples, 60, arithmetic="int8"), together[:, :samples])
+
+
+@cells
+def test_weights_of_8_bits_predict_as_well_up_to_their_rounding(cell: str) -> None:
+    made = network(cell, 64)
+    ids = torch.randint(0, len(SYMBOLS), (20, 50), generator=torch.Generator().manual_seed(2))
+    exact = made(ids)[0][:, :, FIRST_WRITTEN:].detach().log_softmax(dim=2)
+    steps = decode_cpu.Steps(decode_cpu.Weights(made, "int8"), 20)
+    for i in range(50):
+        steps.read(ids[:, i].numpy())
+        rounded = torch.from_numpy(steps.logits).log_softmax(dim=1)
+        divergence = (exact[:, i].exp() * (exact[:, i] - rounded)).sum(dim=1).mean()  # Kullback and Leibler, in nats
+        assert 0 < divergence < 0.002
+
+
+def test_weights_of_8_bits_are_refused_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_cpu, "rows_agree", lambda *kind: False)
+    with pytest.raises(InputError, match="weights=int8 is not to be had on this cpu"):
+        Sampler(network(), Vocabulary(SYMBOLS), weights="int8")
 
 
 def test_sums_of_weights_in_units_do_not_depend_on_their_order() -> None:
