@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -45,6 +45,8 @@ OF_THE_SWEEP = (
     *("hydra.mode=", "hydra.run.", "hydra.sweep.", "hydra.sweeper", "hydra/sweeper", "hydra.launcher"),
     *("hydra/launcher", "hydra.callbacks"),
 )
+# What a training is named by, or shares with others: not told beside its name.
+TOLD_BY_NAME = ("model=", "model.hidden_size=", "model.num_layers=", "model.parameters=", "sampling.")
 # The last line of a traceback, which torch begins with the rank where there are several.
 EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?)$", re.MULTILINE)
 REFUSAL = re.compile(r"^\w+\.py: error: (.+)$", re.MULTILINE)
@@ -172,6 +174,15 @@ class Training:
         return " ".join(cause.split())[:200]
 
 
+def differing(trainings: Iterable[Training]) -> list[str]:
+    """Return of each training the settings that not all have, but for those that its name tells."""
+    told = [
+        [each for each in training.jobs[0].overrides if not each.startswith(TOLD_BY_NAME)] for training in trainings
+    ]
+    common = set.intersection(*map(set, told))
+    return [" ".join(override for override in overrides if override not in common) for overrides in told]
+
+
 class PoolLauncher(Launcher):
     """A Hydra launcher: a pool of processes.
 
@@ -289,6 +300,8 @@ class PoolLauncher(Launcher):
             f"{jobs} job{'s' * (jobs > 1)}: {len(batch)} training{'s' * (len(batch) > 1)}{finished}{side_by_side}; "
             f"in {self._config.hydra.sweep.dir}"
         )
+        for training, settings in zip(self._trainings.values(), differing(self._trainings.values()), strict=True):
+            training.row.settings = settings
         folder = Path(self._config.hydra.sweep.dir)
         report = ReportWriter(folder)
 

@@ -30,6 +30,7 @@ class Row:
         metrics: its run's metrics.csv.
         steps: how many optimizer steps it shall take, where that is known.
         state: waiting, running, done, interrupted or failed.
+        settings: those in which it differs from others, but for its network's, which its name has.
         note: why it failed.
         seconds: how long it has taken.
     """
@@ -37,6 +38,7 @@ class Row:
     name: str
     metrics: Path
     steps: int | None = None
+    settings: str = ""
     state: str = "waiting"
     note: str = ""
     seconds: float | None = None
@@ -106,7 +108,8 @@ class Monitor:
                 took = f" after {row.seconds:,.0f} s" if row.seconds is not None and row.state != "running" else ""
                 loss = row.progress().get("val/loss") if row.state == "done" else None
                 said = f", val {float(loss):.4f}" if loss else f", {row.note}" if row.note else ""
-                log.info(f"{row.name}: {row.state}{took}{said}")
+                settings = f" ({row.settings})" if row.settings else ""
+                log.info(f"{row.name}{settings}: {row.state}{took}{said}")
 
     def _table(self, height: int | None = None) -> Table:
         """Return the rows as a table, those of less interest left out where they do not fit."""
@@ -138,7 +141,7 @@ class Monitor:
             step = f"{int(last['step']):,}" + (f" of {row.steps:,}" if row.steps else "") if "step" in last else ""
             seconds = f"{row.seconds:,.0f}" if row.seconds is not None else ""
             state = Text(row.state, STYLES[row.state])
-            note = Text(row.note, no_wrap=True, overflow="ellipsis")
+            note = Text(row.note or row.settings, no_wrap=True, overflow="ellipsis")
             table.add_row(Text(row.name), state, step, *losses, seconds, note)
         if len(kept) < len(rows):
             table.caption = f"and {len(rows) - len(kept)} more"

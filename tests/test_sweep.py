@@ -120,7 +120,7 @@ def test_a_live_table_shows_the_trainings_on_a_terminal(short: list[str], tmp_pa
     finally:
         os.chdir(before)
     last = shown.decode().rpartition("1 done, 1 failed")[2]
-    assert re.search(r"lstm-8x1_\w+ .*done.* 4 of 4 ", last)
+    assert re.search(r"lstm-8x1_\w+ .*done.* 4 of 4 .* data.window=20", last)
     assert re.search(r"lstm-8x1_\w+ .*failed.* the train split has \d+ characters in one piece.*…", last)
 
 
