@@ -111,7 +111,8 @@ def train(config: TrainConfig, folder: Path) -> float:
         checkpoint = run.begin(*find_resumable(run, model))
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.
-            with watched(trainer, run.stopped), within_memory(model, data), logging_redirect_tqdm():
+            memory = within_memory(model, data, trainer.strategy.root_device)
+            with watched(trainer, run.stopped), memory, logging_redirect_tqdm():
                 trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
                 judge = trainer.test if data.corpus.characters("test") else trainer.validate
                 judge(model, data, callbacks.checkpoints.best_path, verbose=False, weights_only=True)

@@ -155,6 +155,7 @@ class CapturedCharLM(CharLM):
 
     def _record(self, optimizer: Optimizer) -> Callable[[], None]:
         """Return what replays the step. Weights, optimizer and random state are left as they were."""
+        self.network.regularizer.cudnn_dropout.begin(self.network.rnn)
         random = torch.cuda.get_rng_state(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -178,6 +179,8 @@ class CapturedCharLM(CharLM):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = scaler.state_dict() if scaler else None
         places = [*self.parameters(), *_parts(self.carried), self._loss_sum, self._losses, self.withheld]
+        drawn = self.network.regularizer.cudnn_dropout.state
+        places += [] if drawn is None else [drawn]
         before = [place.detach().clone() for place in places]
         state_before = {
             parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}

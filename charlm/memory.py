@@ -44,8 +44,13 @@ def refuse_too_large(vocabulary_size: int, sizes: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def within_memory(model: CharLM, data: CharDataModule) -> Iterator[None]:
+def within_memory(model: CharLM, data: CharDataModule, device: torch.device) -> Iterator[None]:
     """Around what may take too much memory.
+
+    Args:
+        model: what is trained.
+        data: on what.
+        device: where. The model itself may have been moved away from it by the time of the error.
 
     Raises:
         RunStopped: it did.
@@ -56,14 +61,14 @@ def within_memory(model: CharLM, data: CharDataModule) -> Iterator[None]:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
         batch_size, window = data.config.batch_size, data.config.window
-        fits = batch_size_that_fits(model, data, _wanted(str(error), model.device))
+        fits = batch_size_that_fits(model, data, device, _wanted(str(error), device))
         remedy = (
             f"by estimate data.batch_size={fits} fits"
             if fits
             else "by estimate not even one window fits: make data.window or the model smaller"
         )
         raise RunStopped(
-            f"out of memory on {model.device} at data.batch_size={batch_size}, data.window={window}; {remedy}"
+            f"out of memory on {device} at data.batch_size={batch_size}, data.window={window}; {remedy}"
         ) from None
 
 
@@ -71,18 +76,19 @@ def within_memory(model: CharLM, data: CharDataModule) -> Iterator[None]:
 _SIGNS = ("CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
-def batch_size_that_fits(model: CharLM, data: CharDataModule, seen: int = 0) -> int:
-    """Return how many windows fit on the model's device beside the weights, by estimate; fewer than did not; or 0.
+def batch_size_that_fits(model: CharLM, data: CharDataModule, device: torch.device, seen: int = 0) -> int:
+    """Return how many windows fit on a device beside the weights, by estimate; fewer than did not; or 0.
 
     Args:
         model: what is trained.
         data: with the batch size that was too large.
+        device: where.
         seen: bytes that had been taken or asked for when memory ran out: more than that the batch needs.
     """
     batch_size = data.config.batch_size
     weights = model.network.size * BYTES_A_WEIGHT
     text = data.corpus.block.nbytes if data.resident_on is not None else 0
-    free = SHARE * _memory(model.device) - weights - text
+    free = SHARE * _memory(device) - weights - text
     window = max(window_bytes(model.network, data.config.window), (seen - weights - text) / batch_size)
     fits = min(int(free / window), batch_size // 2)
     return max(0, fits - fits % 8 if fits > 8 else fits)

@@ -2,7 +2,7 @@
 
     ids (B, T) -> one-hot or embedding (B, T, I) -> recurrent layers (B, T, H) -> dropout -> linear -> logits (B, T, V)
 
-In training, and where they are on, dropout between the layers and the regularisers of charlm/regularization.py act.
+In training, and where they are on, the regularisers of charlm/regularization.py act in between.
 
 Legend: B batch, T window, V vocabulary, I input, H hidden, L layers.
 """

@@ -1,6 +1,6 @@
 """What keeps a small text from being learnt by heart. Every part is off at 0, and acts in training alone.
 
-    ids -> input -> [ layer -> dropout, hidden dropout -> layer -> ... ] -> dropout, output dropout -> linear
+    ids -> input -> [ layer -> hidden dropout -> layer -> ... ] -> output dropout -> linear
            |          |
            |          weight dropout: some of the recurrent matrix' weights
            input dropout: units of the input; embedding dropout: whole characters
@@ -8,9 +8,7 @@
 Locked masks are drawn once for each row of a batch and hold for the whole window ("variational dropout": Gal and
 Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016), where
 `model.dropout` draws anew for every character. The weights themselves stay in one nn.LSTM, nn.GRU or nn.RNN, which
-evaluation and sampling run as it is; in training its layers are run one by one where something acts between them. All
-is drawn by torch's generator, which a checkpoint keeps: cuDNN would draw dropout between its layers from a state of its
-own, which can neither be read nor set.
+evaluation and sampling run as it is; in training its layers are run one by one where something acts between them.
 
 Legend: B batch, T window, I input, H hidden, L layers, V vocabulary.
 """
@@ -23,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from charlm.cudnn_dropout import CudnnDropout
 
 if TYPE_CHECKING:
     from charlm.network import State
@@ -65,6 +65,7 @@ class Regularizer(nn.Module):
         self.weight_dropout = weight_dropout
         self.activation = activation
         self.temporal_activation = temporal_activation
+        self.cudnn_dropout = CudnnDropout()
         self._penalty: Tensor | None = None
 
     def inputs(self, ids: Tensor, inputs: Tensor, vocabulary_size: int) -> Tensor:
@@ -77,7 +78,7 @@ class Regularizer(nn.Module):
         return self._locked(inputs, self.input_dropout)
 
     def layers(self, rnn: nn.RNNBase, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Run the recurrent layers: `rnn` as it is, or one by one with what acts in and between them.
+        """Run the recurrent layers: all at once, or one by one with what acts in and between them.
 
         Args:
             rnn: of all layers, batch first.
@@ -87,8 +88,10 @@ class Regularizer(nn.Module):
         Returns:
             The last layer's output, (B, T, H), and the state behind the last character.
         """
-        between = rnn.num_layers > 1 and (rnn.dropout or self.hidden_dropout)
+        between = self.hidden_dropout and rnn.num_layers > 1
         if not self.training or not (between or self.weight_dropout):
+            if self.training and self.cudnn_dropout.draws(rnn):
+                return self.cudnn_dropout.run(rnn, inputs, state)
             hidden, state = rnn(inputs, state)
             return hidden, state
         ends: list[tuple[Tensor, ...]] = []
@@ -113,8 +116,7 @@ class Regularizer(nn.Module):
         weights = [of_input, F.dropout(recurrent, self.weight_dropout), *biases]
         run, hx = _LAYERS[type(rnn)], begin if isinstance(rnn, nn.LSTM) else begin[0]
         with warnings.catch_warnings():
-            # cuDNN wants a call's weights in one piece, as those of all layers are, not those of one. With 16-mixed it
-            # gets a copy in fp16 in any case; else one is made, which is cheap.
+            # cuDNN would rather have all weights in one piece. New ones each step are not, and copying them is cheap.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
             # has_biases, num_layers, dropout, train, bidirectional, batch_first
             output: tuple[Tensor, ...] = run(inputs, hx, weights, True, 1, 0.0, True, False, True)

@@ -85,6 +85,8 @@ class ExactResume(Callback):
         }
         if pl_module.device.type == "cuda":
             mine["random_cuda"] = torch.cuda.get_rng_state(pl_module.device)
+            drawn = pl_module.network.regularizer.cudnn_dropout.state
+            mine |= {} if drawn is None else {"random_cudnn": drawn.cpu()}
         if trainer.fit_loop._should_accumulate():
             mine["gradients"] = [None if p.grad is None else p.grad.cpu() for p in pl_module.parameters()]
         ranks: list[Any] = [mine]
@@ -120,6 +122,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, CharLM)
         mine = self._ranks[trainer.global_rank] if self._ranks else {}
+        if "random_cudnn" in mine:
+            pl_module.network.regularizer.cudnn_dropout.begin(pl_module.network.rnn, mine["random_cudnn"])
         if "random" in mine:
             torch.set_rng_state(mine["random"])
         else:  # a fresh run, or one that goes on with another number of devices: each rank draws its own dropout

@@ -299,6 +299,19 @@ def test_each_replay_draws_another_dropout(tmp_path: Path, monkeypatch: pytest.M
 
 
 @cuda
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_captured_run_drops_what_the_eager_run_drops(tmp_path: Path, cell: str) -> None:
+    model = {"cell": cell, "num_layers": 3, "dropout": 0.3}
+    eager, _, first = train(tmp_path / "a", CharLM, "gpu", model=model)
+    captured, _, second = train(tmp_path / "b", CapturedCharLM, "gpu", model=model)
+    assert captured.losses == pytest.approx(eager.losses, abs=1e-3)
+    states = [run.network.regularizer.cudnn_dropout.state for run in (first, second)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert torch.equal(*states)
+
+
+@cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("order", ["shuffled", "streams"])
 def test_between_two_readings_of_the_loss_the_host_never_waits(tmp_path: Path, order: str) -> None:

@@ -13,7 +13,6 @@ from charlm.network import CharRNN
 from charlm.regularization import Regularizer
 
 CELLS = ("lstm", "gru", "rnn")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout", "embedding_dropout", "weight_dropout")
 PENALTIES = ("activation", "temporal_activation")
 V, B, T, H = 11, 6, 9, 8
@@ -61,41 +60,6 @@ def test_layers_run_one_by_one_are_the_stack(cell: str, num_layers: int, carried
         assert all(parameter.grad is not None for parameter in model.parameters())
     for a, b in zip(apart.parameters(), stack.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("num_layers", [2, 3])
-def test_dropout_between_layers_draws_what_the_stack_does_on_a_cpu(cell: str, num_layers: int) -> None:
-    torch.manual_seed(0)
-    model = CharRNN(V, cell, H, num_layers, dropout=0.4, embedding_size=5)
-    inputs = torch.randn(B, T, 5)
-    torch.manual_seed(2)
-    found, end = model.regularizer.layers(model.rnn, inputs, None)
-    torch.manual_seed(2)
-    expected, end_expected = model.rnn(inputs)
-    assert torch.equal(found, expected)
-    assert all(torch.equal(a, b) for a, b in zip(end, end_expected, strict=True))
-    assert not torch.equal(model.eval().rnn(inputs)[0], expected)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
-@pytest.mark.parametrize("cell", CELLS)
-def test_dropout_between_layers_is_of_torchs_random_state_alone(cell: str, device: str) -> None:
-    """Put back in the middle of a run, it draws again what it drew then, as a run that resumes must."""
-    model = CharRNN(V, cell, H, 2, dropout=0.4, embedding_size=5).to(device)
-    inputs = torch.randn(B, T, 5, device=device)
-
-    def random_state() -> torch.Tensor:
-        return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
-
-    model.regularizer.layers(model.rnn, inputs, None)
-    before = random_state()
-    first, _ = model.regularizer.layers(model.rnn, inputs, None)
-    other, _ = model.regularizer.layers(model.rnn, inputs, None)
-    (torch.set_rng_state if device == "cpu" else torch.cuda.set_rng_state)(before)
-    again, _ = model.regularizer.layers(model.rnn, inputs, None)
-    assert torch.equal(again, first)
-    assert not torch.equal(other, first)
 
 
 @pytest.mark.parametrize("cell", CELLS)
