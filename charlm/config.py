@@ -275,8 +275,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.learning_rate > 0 and math.isfinite(self.learning_rate),
-            f"optimizer.learning_rate={self.learning_rate} must be a number above 0",
+            0 < self.learning_rate <= 1e30,  # from about 1e37 on a step itself overflows
+            f"optimizer.learning_rate={self.learning_rate} must be above 0, and 1e30 or less",
         )
         _check(
             self.weight_decay >= 0 and math.isfinite(self.weight_decay),

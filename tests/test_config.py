@@ -72,6 +72,7 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
         ("model.cell=lst", "did you mean lstm"),
         ("model.embedding_size=-1", "embedding_size=-1"),
         ("model.uniform_init=0", "uniform_init=0"),
+        ("optimizer.learning_rate=1e38", "1e30 or less"),
         ("model.parameters=many", "parameters=many must be a number"),
         ("model.parameters=-1M", "parameters=-1M must be a number"),
         ("model.hidden_size=null", "needs model.parameters"),

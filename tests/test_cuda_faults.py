@@ -77,10 +77,11 @@ def test_out_of_memory_says_which_batch_size_fits_and_it_does(small: list[str], 
 
 
 def test_a_step_that_is_not_finite_is_not_taken(small: list[str], tmp_path: Path) -> None:
-    wild = [*small, "optimizer=adam", "optimizer.learning_rate=1e38", "optimizer.warmup_steps=0"]
-    assert live(tmp_path / "run", wild) == 1
+    # A weight decay of so many times the weights multiplies them without bound.
+    wild = [*small, "optimizer=adamw", "optimizer.learning_rate=1e30", "optimizer.weight_decay=1"]
+    assert live(tmp_path / "run", [*wild, "optimizer.warmup_steps=0"]) == 1
     last = (tmp_path / "run.log").read_text().splitlines()[-1]
-    assert "is not finite, at a learning rate of 1.00e+38" in last or "is no longer finite" in last
+    assert "is not finite, at a learning rate of " in last
     assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt")) or all(
         bool(torch.isfinite(weight).all())
         for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")
