@@ -570,6 +570,11 @@ class TrainConfig:
         _at_least(1, **self._given("accumulate_grad_batches", "check_val_every_n_epoch"))
         _at_least(0, **self._given("log_every_n_steps", "min_steps", "min_epochs", "gradient_clip_val"))
         _at_least(-1, **self._given("max_steps", "max_epochs", "num_sanity_val_steps"))
+        interval = self.trainer.get("val_check_interval")
+        _check(
+            not isinstance(interval, int | float) or interval > 0,
+            f"trainer.val_check_interval={interval} must be above 0: steps, or a share of an epoch such as 0.5",
+        )
         if self.trainer.get("gradient_clip_algorithm") is not None:
             _one_of("trainer.gradient_clip_algorithm", self.trainer["gradient_clip_algorithm"], ("norm", "value"))
         _check(

@@ -73,6 +73,7 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
         ("model.embedding_size=-1", "embedding_size=-1"),
         ("model.uniform_init=0", "uniform_init=0"),
         ("optimizer.learning_rate=1e38", "1e30 or less"),
+        ("trainer.val_check_interval=0", "val_check_interval=0 must be above 0"),
         ("model.parameters=many", "parameters=many must be a number"),
         ("model.parameters=-1M", "parameters=-1M must be a number"),
         ("model.hidden_size=null", "needs model.parameters"),
