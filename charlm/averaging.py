@@ -53,12 +53,8 @@ class WeightAverage(L.Callback):
     @contextmanager
     def in_place(self, pl_module: L.LightningModule) -> Iterator[None]:
         """Have the module's weights be the average for a while."""
-        training = _copy(pl_module)
-        _write(pl_module, self._average)
-        try:
+        with _in_place(self._average, pl_module):
             yield
-        finally:
-            _write(pl_module, training)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -68,10 +64,12 @@ class WeightAverage(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             _write(pl_module, self._training)
+            self._training = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            checkpoint["training_weights"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+            with _in_place(self._training or _copy(pl_module), pl_module):
+                checkpoint["training_weights"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
             with self.in_place(pl_module):
                 checkpoint["state_dict"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
@@ -79,6 +77,16 @@ class WeightAverage(L.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._average = _copy(pl_module)
             pl_module.load_state_dict(checkpoint["training_weights"])
+
+
+@contextmanager
+def _in_place(weights: Weights, pl_module: L.LightningModule) -> Iterator[None]:
+    there = _copy(pl_module)
+    _write(pl_module, weights)
+    try:
+        yield
+    finally:
+        _write(pl_module, there)
 
 
 def _copy(pl_module: L.LightningModule) -> Weights:

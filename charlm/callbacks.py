@@ -120,7 +120,8 @@ class TrainingLog(L.Callback):
         return int(config.batch_size * config.window * trainer.world_size)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seconds += time.perf_counter() - self._since
+        if self._begun:  # a run may go on with a validation
+            self._seconds += time.perf_counter() - self._since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()

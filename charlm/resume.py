@@ -1,7 +1,7 @@
 """Exact resume: what a checkpoint holds so that a run goes on as if it had never stopped, when one is written, and
 which one to go on from.
 
-    last.ckpt        behind the last validation, or behind the step in which a signal came
+    last.ckpt        behind the last validation, or where a signal came: behind a step, or in a validation
     previous.ckpt    the one before; used where the last is damaged
     best.ckpt        the one of the lowest val/loss: the same file as the last was then
 """
@@ -141,6 +141,9 @@ class ExactResume(Callback):
 class Checkpoints(Checkpoint):
     """Writes last.ckpt behind each validation, and where a signal came; keeps the one before, and the best.
 
+    A signal ends a validation at once. What is saved then is the state that the validation began with, and the run goes
+    on with that validation.
+
     best.ckpt is a second name of last.ckpt's file, given once that is written: whatever the moment in which a run is
     killed, one of the two says all.
     """
@@ -151,6 +154,8 @@ class Checkpoints(Checkpoint):
         self.best_loss = math.inf
         self._best_step: int | None = None
         self._saved_step: int | None = None
+        self._validating = False
+        self._interrupted: _InterruptedValidation | None = None
 
     @property
     def best_path(self) -> Path | None:
@@ -169,19 +174,33 @@ class Checkpoints(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         number = self._signals.agreed(trainer.world_size)
-        if number and not self._validation_is_due(trainer):  # behind that, else
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if number and not trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):  # else as the validation starts
             self._save(trainer)
             raise Interrupted(number)
 
-    @staticmethod
-    def _validation_is_due(trainer: L.Trainer) -> bool:
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.listen()
+        if _is_part_of_training(trainer):
+            if self._interrupted:
+                self._interrupted.is_begun_again()
+            self._validating, self._interrupted = True, None
+            self._stop_validating(trainer, now=True)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if _is_part_of_training(trainer):
+            self._stop_validating(trainer)
+
+    def _stop_validating(self, trainer: L.Trainer, now: bool = False) -> None:
+        if number := self._signals.agreed(trainer.world_size, now):
+            self._save(trainer)
+            raise Interrupted(number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        if not _is_part_of_training(trainer):
             return
+        self._validating = False
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best_loss:
             self.best_loss, self._best_step = loss, trainer.global_step
@@ -201,13 +220,11 @@ class Checkpoints(Checkpoint):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._signals.listen()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._signals.listen()
-
     # --- how --------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["best"] = {"loss": self.best_loss, "step": self._best_step}
+        checkpoint["validating"] = self._validating
         for name, value in checkpoint["state_dict"].items():
             if not bool(torch.isfinite(value).all()):
                 raise RunStopped(f"{name} is no longer finite at step {trainer.global_step:,}, so it is not kept")
@@ -222,6 +239,8 @@ class Checkpoints(Checkpoint):
                 keep_as_best(self._run, Path(str(trainer.ckpt_path)))
             else:
                 self._trust_best()
+        if checkpoint.get("validating"):
+            self._interrupted = _InterruptedValidation(trainer)
 
     def _trust_best(self) -> None:
         """Believe best.ckpt, which may be of a later validation than the checkpoint that the run goes on from."""
@@ -245,6 +264,33 @@ class Checkpoints(Checkpoint):
             if self._best_step == trainer.global_step:
                 keep_as_best(self._run, last)
         trainer.strategy.barrier()
+
+
+def _is_part_of_training(trainer: L.Trainer) -> bool:
+    """Return whether a validation is one between steps."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+class _InterruptedValidation:
+    """Has Lightning begin with the validation in which a run was interrupted.
+
+    By itself it would leave that out and take the next step; and behind the last step it would not begin at all.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer, self._loop = trainer, trainer.fit_loop.epoch_loop
+        self._stopping, self._max_steps = trainer.should_stop, self._loop.max_steps
+        trainer.should_stop, self._loop.max_steps = False, -1
+        self._loop.advance = self._take_no_step  # type: ignore[method-assign]
+        self._loop._should_check_val_fx = lambda data_fetcher: True  # type: ignore[method-assign]
+
+    def _take_no_step(self, data_fetcher: Any) -> None:
+        self._loop.val_loop.restarting = False  # from its first batch on
+
+    def is_begun_again(self) -> None:
+        """Let Lightning go on as ever."""
+        del self._loop.advance, self._loop._should_check_val_fx
+        self._trainer.should_stop, self._loop.max_steps = self._stopping, self._max_steps
 
 
 def _for_other_ranks(checkpoint: dict[str, Any], trainer: L.Trainer) -> list[dict[str, Any]]:

@@ -38,7 +38,8 @@ def requeue() -> None:
 class Signals:
     """Notes SIGTERM, SIGINT, and under SLURM SIGUSR1, which asks for the job to be queued again.
 
-    While `deferred` is set, a signal waits for whoever asks for it at the end of a step; else it raises at once.
+    While `deferred` is set, a signal waits for whoever asks for it, at the end of a step or of a batch of a validation;
+    else it raises at once.
     Around a run, as in `with Signals() as signals:`.
     """
 
@@ -74,7 +75,7 @@ class Signals:
         self._received = number
         if not self.deferred:
             raise Interrupted(number)
-        log.info(f"{signal.Signals(number).name}: saving behind this step; a second signal ends at once")
+        log.info(f"{signal.Signals(number).name}: saving behind this step or batch; a second signal ends at once")
 
     def agreed(self, world_size: int, now: bool = False) -> int:
         """Return the number of a signal that any rank has received, the same on every rank; 0 for none.

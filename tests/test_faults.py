@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -150,7 +151,10 @@ def status(folder: Path) -> str:
         (STEP, 13, signal.SIGTERM),
         (STEP, 22, signal.SIGINT),
         (STEP, 23, signal.SIGTERM),  # the last
+        (VALIDATION, 1, signal.SIGINT),
         (VALIDATION, 3, signal.SIGTERM),
+        (VALIDATION, 15, signal.SIGTERM),  # its last batch
+        (VALIDATION, 33, signal.SIGTERM),  # in the validation behind the last step
         ("module.CharLM.test_step", 2, signal.SIGTERM),
     ],
 )
@@ -167,6 +171,54 @@ def test_a_signal_saves_what_an_exact_resume_needs_and_ends_with_its_exit_code(
     assert status(folder) == "interrupted"
     assert live(folder, overrides) == 0, folder.with_suffix(".log").read_text()
     assert same(outcome(folder), expected)
+
+
+@pytest.mark.parametrize(("where", "call", "steps"), [(STEP, 10, 10), (VALIDATION, 1, 10), (VALIDATION, 33, 23)])
+def test_a_signal_ends_a_validation_at_once_and_the_run_goes_on_with_it(
+    where: str, call: int, steps: int, small: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, small, SignalAt(where, call)) == 143
+    last = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    assert (last["global_step"], last["validating"]) == (steps, True)
+    assert str(steps) not in validated(folder)
+    assert live(folder, small, SignalAt(VALIDATION, 2)) == 143  # and again in the same one
+    assert str(steps) not in validated(folder)
+    assert live(folder, small) == 0, folder.with_suffix(".log").read_text()
+    assert validated(folder) == ["10", "20", "23"]
+
+
+def validated(folder: Path) -> list[str]:
+    """Return the steps whose validation is written down."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [row["step"] for row in csv.DictReader(file) if row.get("val/loss")]
+
+
+ENDS = {
+    "epochs": (
+        "data.stride=70",
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=3",
+        "trainer.val_check_interval=1.0",
+        "trainer.check_val_every_n_epoch=1",
+    ),
+    "gathered": ("trainer.accumulate_grad_batches=2", "trainer.val_check_interval=9", "trainer.max_steps=12"),
+    "averaged": ("weight_average.decay=0.9", "early_stopping.patience=1"),
+}
+
+
+@pytest.mark.parametrize("kind", list(ENDS))
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_a_run_interrupted_in_each_validation_comes_to_the_same(
+    kind: str, order: str, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    """At the ends of epochs and of the run, with gradients gathered over batches, with averaged weights in place."""
+    overrides = (f"data.order={order}", *ENDS[kind])
+    folder = tmp_path / "run"
+    codes = [live(folder, [*small, *overrides], SignalAt(VALIDATION, call)) for call in (7, 19, 20, 31)]
+    assert codes.count(143) >= 3
+    assert live(folder, [*small, *overrides]) == 0, folder.with_suffix(".log").read_text()
+    assert same(outcome(folder), undisturbed(*overrides)[0])
 
 
 @pytest.mark.parametrize("order", ["shuffled", "streams"])
@@ -200,13 +252,27 @@ def test_a_second_signal_ends_at_once(small: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize(("rank", "precision"), [(0, "32-true"), (1, "bf16-mixed")])
-def test_a_signal_to_one_of_two_processes_ends_both_behind_one_step(
-    rank: int, precision: str, small: list[str], undisturbed_ranks: Callable[..., tuple[Any, float]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("where", "call", "rank", "precision"),
+    [
+        (STEP, 12, 0, "32-true"),
+        (STEP, 12, 1, "bf16-mixed"),
+        (VALIDATION, 4, 0, "32-true"),
+        (VALIDATION, 12, 1, "32-true"),
+    ],
+)
+def test_a_signal_to_one_of_two_processes_ends_both_at_one_place(
+    where: str,
+    call: int,
+    rank: int,
+    precision: str,
+    small: list[str],
+    undisturbed_ranks: Callable[..., tuple[Any, float]],
+    tmp_path: Path,
 ) -> None:
     told = (*settings("lstm", "shuffled"), f"trainer.precision={precision}")
     folder, overrides = tmp_path / "run", [*small, *told]
-    assert end_of(begin_ranks(folder, overrides, SignalAt(STEP, 12, rank=rank))) == [143, 143]
+    assert end_of(begin_ranks(folder, overrides, SignalAt(where, call, rank=rank))) == [143, 143]
     assert status(folder) == "interrupted"
     assert end_of(begin_ranks(folder, overrides)) == [0, 0]
     assert same(outcome(folder), undisturbed_ranks(*told)[0])
