@@ -184,7 +184,10 @@ class Poison:
 
 
 class OutOfMemory:
-    """Has the third step find too little memory, as torch says it."""
+    """Has a batch, the n-th of training or validation, find too little memory, as torch says it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __call__(self, folder: Path) -> None:
         import charlm.module
@@ -194,7 +197,7 @@ class OutOfMemory:
         def score_or_fail(model: Any, batch: Any, state: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == 3:
+            if calls == self.number:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
             return score(model, batch, state)
 

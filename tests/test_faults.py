@@ -328,7 +328,9 @@ def test_a_run_begun_on_two_processes_goes_on_on_one_with_half_the_steps_size(sm
 # --- numbers that are none ----------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(small: list[str], tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(
+    small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert live(folder, small, Poison(14)) == 1
     last = folder.with_suffix(".log").read_text().splitlines()[-1]
@@ -336,6 +338,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(small: list[s
     assert f"the last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}" in last
     assert status(folder) == "failed"
     assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 10
+    assert live(folder, small) == 0
+    assert same(outcome(folder), undisturbed()[0])
 
 
 def test_steps_that_are_no_number_are_left_out_and_counted_where_that_is_asked_for(
@@ -353,10 +357,23 @@ def test_steps_that_are_no_number_are_left_out_and_counted_where_that_is_asked_f
 
 def test_out_of_memory_says_which_batch_size_would_fit(small: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert live(folder, [*small, "data.batch_size=64"], OutOfMemory()) == 1
+    assert live(folder, [*small, "data.batch_size=64"], OutOfMemory(3)) == 1
     last = folder.with_suffix(".log").read_text().splitlines()[-1]
     assert "out of memory on cpu at data.batch_size=64, data.window=20; by estimate data.batch_size=32 fits" in last
+    assert last.endswith("it had not come to a checkpoint yet")
     assert status(folder) == "failed"
+
+
+def test_out_of_memory_leaves_the_last_good_checkpoint(
+    small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert live(folder, small, OutOfMemory(30)) == 1  # ten steps, their validation, and a few steps more
+    last = folder.with_suffix(".log").read_text().splitlines()[-1]
+    assert last.endswith(f"the last good checkpoint is {folder / 'checkpoints' / 'last.ckpt'}")
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 10
+    assert live(folder, small) == 0
+    assert same(outcome(folder), undisturbed()[0])
 
 
 class FullDisk:
