@@ -6,6 +6,10 @@ waits for most of them; a graph starts them all at once (Gray, "Getting started 
     outside    where the windows begin ---> given        the learning rate ---> rate
     the graph  gather from the block -> forward -> backward -> clip -> optimizer -> sum of losses, carried state
 
+On several devices each rank records its own graph, in which, behind the backward pass, the gradients are averaged over
+the ranks (NCCL's kernels are recorded like any other). They travel in one piece: cuDNN gives the gradients of all
+recurrent layers at once, so there is nothing to send while others are still computed.
+
 A text too large for the device stays in the host's memory; then the windows themselves are given, and none is gathered.
 
 What a replay reads and writes lies in fixed places, so every batch must have one shape, and whatever changes from step
@@ -17,7 +21,7 @@ Legend: B batch, T window, L layers, H hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -25,8 +29,8 @@ import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.datamodule import CharDataModule
@@ -63,8 +67,8 @@ def _obstacle(trainer: L.Trainer, optimizer: str) -> str | None:
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return f"it needs a CUDA device, and this run is on {trainer.accelerator.name()}"
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return f"it works on one device alone, and this run has {trainer.world_size}"
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        return f"it works on one device or with trainer.strategy=ddp, and this is {type(trainer.strategy).__name__}"
     if trainer.accumulate_grad_batches != 1:
         return f"each step is one batch, and trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
     if type(trainer.precision_plugin) not in (Precision, MixedPrecision):
@@ -110,12 +114,15 @@ class CapturedCharLM(CharLM):
         return _FLAGS[self.hparams["optimizer"]["name"]]
 
     def take_over(self, trainer: L.Trainer, data: CharDataModule) -> None:
-        """Take from `trainer` the clipping of gradients, and from `data`, where its text fits on the device, the
-        gathering of windows into the step.
+        """Take from `trainer` the clipping of gradients and their averaging over ranks, and from `data`, where its text
+        fits on the device, the gathering of windows into the step.
         """
         algorithm = trainer.gradient_clip_algorithm
         self._clip = trainer.gradient_clip_val or None, str(getattr(algorithm, "value", algorithm) or "norm")
         trainer.gradient_clip_val = None
+        if isinstance(trainer.strategy, DDPStrategy):
+            # DistributedDataParallel would average them too, by hooks of Python's that no graph can hold.
+            trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
         data.resident_on = trainer.strategy.root_device if _fits(data, trainer.strategy.root_device) else None
 
     # --- recording --------------------------------------------------------------------------------------------------
@@ -124,6 +131,9 @@ class CapturedCharLM(CharLM):
         """Record the step. A run that resumes has its weights, optimizer and random state again by now."""
         super().on_train_start()
         data, config, device = self._datamodule, self._datamodule.config, self.device
+        if self.trainer.world_size > 1:
+            for parameter in self.parameters():  # as DistributedDataParallel begins
+                torch.distributed.broadcast(parameter.data, src=0)
         self._window = config.window
         self._block = data.resident_block() if data.resident_on else None
         if self._block is not None:
@@ -213,6 +223,8 @@ class CapturedCharLM(CharLM):
             loss = nats.mean()
         objective = self.network.regularizer.penalized(loss)
         (scaler.scale(objective) if scaler else objective).backward()
+        if self.trainer.world_size > 1:
+            average_over_ranks(self.parameters(), self.trainer.world_size)
         if scaler:
             scaler.unscale_(optimizer)
         bound, algorithm = self._clip
@@ -285,6 +297,19 @@ class CapturedCharLM(CharLM):
         loop = checkpoint["loops"]["fit_loop"]
         done = dict(loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"])
         loop["epoch_loop.manual_optimization.optim_step_progress"]["total"] = done
+
+
+def average_over_ranks(parameters: Iterable[nn.Parameter], ranks: int) -> None:
+    """Give each rank the mean of the ranks' gradients, as DistributedDataParallel does (Li et al., 2020), in one
+    message.
+    """
+    given = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    whole = torch.cat([gradient.flatten() for _, gradient in given])
+    whole /= ranks
+    torch.distributed.all_reduce(whole)
+    parts = torch.split(whole, [gradient.numel() for _, gradient in given])
+    for (parameter, gradient), part in zip(given, parts, strict=True):
+        parameter.grad = part.view_as(gradient)
 
 
 @torch.no_grad()

@@ -6,6 +6,10 @@ Where there is no CUDA device, what a graph would replay is run anew each step i
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +69,10 @@ class Record(L.Callback):
 
 @pytest.fixture(autouse=True)
 def without_cuda_replays_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the graph where there is none to be had."""
     recorded = CapturedCharLM._record
     if not torch.cuda.is_available() and torch.__version__ < (2, 4):  # whose fused optimizers are for CUDA alone
@@ -89,7 +97,8 @@ def without_cuda_replays_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def data_of(folder: Path, **changes: Any) -> CharDataModule:
-    (folder / "text.txt").write_text(TEXT)
+    if not (folder / "text.txt").exists():
+        (folder / "text.txt").write_text(TEXT)
     config = TextConfig(
         **{"source": "text", "split": "contiguous", "split_seed": 0, "fractions": [0.8, 0.1, 0.1], "separator": "\n"},
         vocabulary="code_points",
@@ -114,6 +123,7 @@ def train(
     precision: str = "32-true",
     regularization: dict[str, float] | None = None,
     loss_scale: float | None = None,
+    devices: int = 1,
     **data_changes: Any,
 ) -> tuple[Record, L.Trainer, CharLM]:
     """Train a small model and return what was recorded of it."""
@@ -122,7 +132,7 @@ def train(
     data = data_of(folder, **data_changes)
     record = Record()
     trainer = build_trainer(
-        {"accelerator": device, "devices": 1, "max_steps": steps, "max_epochs": -1, "gradient_clip_val": 0.5}
+        {"accelerator": device, "devices": devices, "max_steps": steps, "max_epochs": -1, "gradient_clip_val": 0.5}
         | {
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -172,6 +182,32 @@ def test_a_captured_run_is_the_eager_run(tmp_path: Path, cell: str, order: str, 
         float(plain.callback_metrics["val/loss"]), abs=1e-3
     )
     assert close(first, second, 2e-3)
+
+
+@everywhere
+def test_captured_ranks_take_the_steps_of_eager_ranks(tmp_path: Path, device: str) -> None:
+    if device == "gpu" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    (tmp_path / "text.txt").write_text(TEXT)
+    script = Path(__file__).parent / "captured_ranks.py"
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = subprocess.run(
+        [sys.executable, *ranks, str(script), str(tmp_path), device],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent.parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    mine, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    for order in ("shuffled", "streams"):
+        eager, captured = mine[f"CharLM {order}"], mine[f"CapturedCharLM {order}"]
+        assert captured["losses"] == pytest.approx(eager["losses"], abs=1e-3)
+        assert captured["losses"][-1] < captured["losses"][0] - 0.2
+        assert captured["losses"] != other[f"CapturedCharLM {order}"]["losses"]  # of windows of its own
+        assert captured["weights"] == pytest.approx(eager["weights"], abs=2e-3)
+        assert captured["weights"] == other[f"CapturedCharLM {order}"]["weights"]
 
 
 @everywhere
