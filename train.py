@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from charlm.datamodule import CharDataModule
     from charlm.module import CharLM
-
-if TYPE_CHECKING:
     from charlm.run import Run
 
 log = logging.getLogger("charlm")
