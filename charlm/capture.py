@@ -251,13 +251,6 @@ class CapturedCharLM(CharLM):
             for place, value in zip(_parts(self.carried), _parts(state), strict=False):
                 place.copy_(value)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Spare Lightning, which notes the name of a hook on the module twenty times a step, the way of a parameter."""
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
     # --- replaying --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Starts | Batch, batch_idx: int) -> None:
@@ -276,6 +269,23 @@ class CapturedCharLM(CharLM):
         self._replay()
         optimizer._on_after_step()
         self._scheduler.step()  # type: ignore[call-arg]
+
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
+
+    # --- what Lightning asks around each step, answered shortly, as by the signature above ----------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note the name of the hook that is called, twenty times a step, without the way of a parameter."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply_batch_transfer_handler(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        """Leave starts where they are, on the device."""
+        if isinstance(batch, Starts):
+            return batch
+        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     # --- checkpoints: as `CharLM` writes and reads them ---------------------------------------------------------------
 

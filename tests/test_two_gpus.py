@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
     pytest.mark.filterwarnings("default"),
 ]
-GPUS = ("trainer=auto", "trainer.accelerator=gpu")
+GPUS = ("trainer=auto", "trainer.accelerator=gpu", "sampling.every_n_steps=1000000")
 AT_EACH_STEP = ("trainer.max_steps=200", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1")
 
 
@@ -53,7 +53,7 @@ def test_two_gpus_train_as_one_with_twice_the_batch(
 def test_by_default_two_gpus_are_found_and_the_step_is_captured(
     tiny: list[str], program: Program, tmp_path: Path
 ) -> None:
-    done = program("train.py", *tiny, "trainer=auto", "model.hidden_size=128", "hydra.run.dir=run")
+    done = program("train.py", *tiny, "trainer=auto", GPUS[-1], "model.hidden_size=128", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert "on each of 2 devices" in done.stdout
     assert "16-mixed, the step as one CUDA graph" in done.stdout
@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute_and_one_gpu_goes_on(
 
 def test_the_jobs_of_a_sweep_share_two_gpus(tiny: list[str], program: Program, tmp_path: Path) -> None:
     sizes = "model.hidden_size=16,24,32,40"
-    done = program("train.py", "-m", *tiny, "trainer=auto", sizes, "trainer.max_steps=20", "hydra.sweep.dir=sweep")
+    done = program("train.py", "-m", *tiny, *GPUS, sizes, "trainer.max_steps=20", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")]
     assert [result["status"] for result in results] == ["completed"] * 4
