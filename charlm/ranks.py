@@ -5,6 +5,7 @@ A rank is a process with one device. Rank 0 starts the others of its host, unles
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -82,6 +83,8 @@ def watched(trainer: L.Trainer, on_death: Callable[[str], None]) -> Iterator[Non
         connection = "gloo" in str(error) or "NCCL" in str(error) or isinstance(error, torch.distributed.DistError)
         dead = launcher.dead(GRACE if connection else 0.0)
         if dead or connection:
+            if trainer.strategy.root_device.type == "cuda":
+                atexit.register(_leave)
             raise RunStopped(dead or f"lost the connection to another rank: {_first_line(error)}") from None
         raise
     finally:
@@ -98,6 +101,13 @@ def _watch(launcher: WatchedRanks, over: threading.Event, on_death: Callable[[st
             print(f"{os.path.basename(sys.argv[0])}: error: {dead}", file=sys.stderr, flush=True)
             _end(launcher.procs, patience=0.0)
             os._exit(1)
+
+
+def _leave() -> None:
+    """End this process as it is: NCCL, taken down in good order, would wait for the rank that died."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience: float = GRACE) -> None:

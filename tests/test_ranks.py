@@ -113,6 +113,33 @@ def test_two_hosts_train_and_resume_in_one_folder(hosts: list[list[str]], tiny: 
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "completed"
 
 
+WAITS_FOR_EVER = """
+import time
+from types import SimpleNamespace
+
+import torch
+
+from charlm.ranks import watched
+
+class Communicator:
+    def __del__(self):
+        time.sleep(1000)
+
+left = Communicator()  # as NCCL's, which is taken down when Python ends
+strategy = SimpleNamespace(cluster_environment=None, launcher=None, root_device=torch.device("cuda"))
+with watched(SimpleNamespace(world_size=2, num_devices=1, num_nodes=2, strategy=strategy), print):
+    raise torch.distributed.DistNetworkError("connection closed by peer")
+"""
+
+
+def test_what_waits_for_a_dead_rank_of_a_gpu_does_not_keep_the_others() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS_FOR_EVER], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "RunStopped: lost the connection to another rank: connection closed by peer" in done.stderr
+
+
 def test_processes_that_torchrun_starts_must_be_told_their_folder(
     tiny: list[str], program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
