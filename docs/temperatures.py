@@ -22,12 +22,12 @@ from charlm.config import PythonDocsConfig, TextConfig
 from charlm.corpus import load_corpus
 from charlm.text_metrics import TrainingText, distinct_ngrams, loop_rate
 
-COLUMNS = {
-    "real_words": ("real words", "{:.1%}"),
-    "distinct_4grams": ("different 4-grams", "{:.2f}"),
-    "loop_rate": ("in loops", "{:.1%}"),
-    "longest_copy": ("longest copy", "{:.0f}"),
-    "copied": ("copied", "{:.1%}"),
+COLUMNS = {  # name, by how much it is multiplied, form
+    "real_words": ("real words", 100, "{:.1f} %"),
+    "distinct_4grams": ("different 4-grams", 1, "{:.2f}"),
+    "loop_rate": ("in loops", 100, "{:.1f} %"),
+    "longest_copy": ("longest copy", 1, "{:.0f}"),
+    "copied": ("copied", 100, "{:.1f} %"),
 }
 
 
@@ -48,7 +48,8 @@ def held_out(text: str, data: Mapping[str, Any], length: int) -> list[dict[str, 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the means of some samples, as a table has them."""
-    return " | ".join(form.format(statistics.mean(row[key] for row in rows)) for key, (_, form) in COLUMNS.items())
+    means = {key: statistics.mean(row[key] for row in rows) for key in COLUMNS}
+    return " | ".join(form.format(factor * means[key]) for key, (_, factor, form) in COLUMNS.items())
 
 
 def main(text: str, folders: Sequence[Path]) -> None:
@@ -61,7 +62,7 @@ def main(text: str, folders: Sequence[Path]) -> None:
                 by_temperature.setdefault(row["temperature"], []).append(row)
     length = len(by_temperature[max(by_temperature)][0]["text"])
     data = yaml.safe_load((folders[0] / "config.yaml").read_text(encoding="utf-8"))["data"]
-    print(f"| temperature | {' | '.join(name for name, _ in COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 1)}|")
+    print(f"| temperature | {' | '.join(name for name, *_ in COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 1)}|")
     for temperature, rows in sorted(by_temperature.items()):
         print(f"| {temperature:g} | {cells(rows)} |")
     pieces = held_out(text, data, length)
