@@ -67,6 +67,16 @@ def test_a_signal_ends_with_its_exit_code(number: int, small: list[str], tmp_pat
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
+def test_a_run_interrupted_in_a_validation_begins_with_it(small: list[str], tmp_path: Path) -> None:
+    overrides = [*small, "data.order=streams", "weight_average.decay=0.99"]
+    assert live(tmp_path / "undisturbed", overrides) == 0, (tmp_path / "undisturbed.log").read_text()
+    for call in (20, 40):  # in the second validation, and in the third
+        assert live(tmp_path / "run", overrides, SignalAt("module.CharLM.validation_step", call)) == 143
+    assert live(tmp_path / "run", overrides) == 0, (tmp_path / "run.log").read_text()
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert losses(tmp_path / "run", name) == pytest.approx(losses(tmp_path / "undisturbed", name), rel=1e-6)
+
+
 def test_out_of_memory_says_which_batch_size_fits_and_it_does(small: list[str], tmp_path: Path) -> None:
     large = [*small, "data.window=900", "model.hidden_size=2048", "sampling.length=5", "trainer.max_steps=2"]
     assert live(tmp_path / "run", [*large, "data.batch_size=8000"]) == 1

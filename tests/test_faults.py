@@ -299,15 +299,19 @@ def test_a_run_killed_twice_is_one_run_of_wandb(small: list[str], tmp_path: Path
     assert ids == {(tmp_path / "run" / "wandb_id.txt").read_text()}
 
 
-@pytest.mark.parametrize("order", ["shuffled", "streams"])
+@pytest.mark.parametrize(
+    ("order", "where", "call"), [("shuffled", STEP, 13), ("streams", STEP, 13), ("streams", VALIDATION, 4)]
+)
 def test_a_run_begun_on_two_processes_goes_on_on_one(
-    order: str, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+    order: str, where: str, call: int, small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
 ) -> None:
     """With twice the batch the steps are the same ones, so that without dropout the losses are too, to rounding."""
     same_steps = [*small, f"data.order={order}", "model.dropout=0"]
     folder = tmp_path / "run"
     half = [*same_steps, "data.batch_size=4"]
-    assert end_of(begin_ranks(folder, half, SignalAt(STEP, 13))) == [143, 143], folder.with_suffix(".log").read_text()
+    assert end_of(begin_ranks(folder, half, SignalAt(where, call))) == [143, 143], folder.with_suffix(
+        ".log"
+    ).read_text()
     assert live(folder, same_steps) == 0, folder.with_suffix(".log").read_text()
     expected = undisturbed(f"data.order={order}", "model.dropout=0")[0]
     found = outcome(folder)
