@@ -35,9 +35,10 @@ def sample(config: SampleConfig) -> list[dict[str, Any]]:
             cannot have. Nothing is written then.
     """
     # Here, so that --help and a mistyped setting are answered without waiting for torch.
-    from charlm.checkpoint import find_checkpoint, find_device, open_checkpoint
-    from charlm.generate import Sampler, prompt_ids
-    from charlm.text_metrics import measured
+    with commandline.importing():
+        from charlm.checkpoint import find_checkpoint, find_device, open_checkpoint
+        from charlm.generate import Sampler, prompt_ids
+        from charlm.text_metrics import measured
 
     device = find_device(config.device)
     path = find_checkpoint(config.checkpoint, Path(config.runs))

@@ -40,32 +40,33 @@ def train(config: TrainConfig, folder: Path) -> float:
         InputError: something in the configuration cannot work. Nothing is written then.
     """
     # Here, so that --help and a mistyped setting are answered without waiting for torch.
-    import lightning as L
-    from lightning.pytorch.utilities import rank_zero_only
-    from tqdm.contrib.logging import logging_redirect_tqdm
+    with commandline.importing():
+        import lightning as L
+        from lightning.pytorch.utilities import rank_zero_only
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from charlm.callbacks import build_callbacks
-    from charlm.capture import CapturedCharLM, captures
-    from charlm.datamodule import CharDataModule
-    from charlm.generate import prompt_ids
-    from charlm.memory import refuse_too_large, within_memory
-    from charlm.module import CharLM
-    from charlm.network import sized
-    from charlm.ranks import watched
-    from charlm.resume import find_resumable
-    from charlm.run import Run
-    from charlm.signals import Signals
-    from charlm.tracking import tracked
-    from charlm.trainer import (
-        build_trainer,
-        choose_precision,
-        describe,
-        describe_result,
-        device_name,
-        epoch_steps,
-        refuse_ranks_in_a_shared_process,
-        step_budget,
-    )
+        from charlm.callbacks import build_callbacks
+        from charlm.capture import CapturedCharLM, captures
+        from charlm.datamodule import CharDataModule
+        from charlm.generate import prompt_ids
+        from charlm.memory import refuse_too_large, within_memory
+        from charlm.module import CharLM
+        from charlm.network import sized
+        from charlm.ranks import watched
+        from charlm.resume import find_resumable
+        from charlm.run import Run
+        from charlm.signals import Signals
+        from charlm.tracking import tracked
+        from charlm.trainer import (
+            build_trainer,
+            choose_precision,
+            describe,
+            describe_result,
+            device_name,
+            epoch_steps,
+            refuse_ranks_in_a_shared_process,
+            step_budget,
+        )
 
     if rank_zero_only.rank != 0:
         log.setLevel(logging.ERROR)  # the first rank speaks for all
