@@ -213,6 +213,8 @@ class Checkpoints(Checkpoint):
             self._best_step = self._best_step if self._best_step is not None else trainer.global_step
             self._save(trainer)
         self._signals.deferred = False
+        if number := self._signals.agreed(trainer.world_size, now=True):
+            raise Interrupted(number)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._signals.deferred = False

@@ -155,6 +155,7 @@ def status(folder: Path) -> str:
         (VALIDATION, 3, signal.SIGTERM),
         (VALIDATION, 15, signal.SIGTERM),  # its last batch
         (VALIDATION, 33, signal.SIGTERM),  # in the validation behind the last step
+        ("resume.Checkpoints.on_train_end", 1, signal.SIGTERM),
         ("module.CharLM.test_step", 2, signal.SIGTERM),
     ],
 )
