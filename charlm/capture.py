@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
-from charlm.finite import all_finite, withhold
+from charlm.finite import clip, withhold
 from charlm.module import OPTIMIZERS, CharLM
 from charlm.network import State
 from charlm.windows import Batch, Starts, gather
@@ -227,15 +227,8 @@ class CapturedCharLM(CharLM):
             average_over_ranks(self.parameters(), self.trainer.world_size)
         if scaler:
             scaler.unscale_(optimizer)
-        bound, algorithm = self._clip
-        finite: Tensor | None = None
-        if bound is not None and algorithm == "norm":
-            finite = torch.nn.utils.clip_grad_norm_(self.parameters(), bound).isfinite()  # no norm is taken twice
-        elif not scaler:
-            finite = all_finite(self.parameters())
-        if bound is not None and algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), bound)
-        if not scaler and finite is not None:
+        finite = clip(self.parameters(), *self._clip)
+        if not scaler:
             self.withheld += ~finite
             withhold(optimizer, finite)
         if not scaler:
@@ -270,22 +263,7 @@ class CapturedCharLM(CharLM):
         optimizer._on_after_step()
         self._scheduler.step()  # type: ignore[call-arg]
 
-    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
-
-    # --- what Lightning asks around each step, answered shortly, as by the signature above ----------------------------
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Note the name of the hook that is called, twenty times a step, without the way of a parameter."""
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _apply_batch_transfer_handler(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-        """Leave starts where they are, on the device."""
-        if isinstance(batch, Starts):
-            return batch
-        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]  # as in CharLM
 
     # --- checkpoints: as `CharLM` writes and reads them ---------------------------------------------------------------
 

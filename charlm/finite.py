@@ -28,6 +28,23 @@ def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.isfinite(torch.stack(norms)).all()
 
 
+def clip(parameters: Iterable[nn.Parameter], bound: float | None, algorithm: str | None) -> Tensor:
+    """Clip gradients as Lightning does, and return whether they were finite: a boolean scalar on the device.
+
+    Args:
+        parameters: whose gradients.
+        bound: of their norm, or of each value; None or 0 clips nothing.
+        algorithm: "norm", the same as None, or "value".
+    """
+    parameters = list(parameters)
+    if bound and algorithm != "value":
+        return torch.nn.utils.clip_grad_norm_(parameters, bound).isfinite()  # no norm is taken twice
+    finite = all_finite(parameters)
+    if bound:
+        torch.nn.utils.clip_grad_value_(parameters, bound)
+    return finite
+
+
 def withhold(optimizer: Optimizer, finite: Tensor) -> None:
     """Have the optimizer's next step change nothing where `finite` is false, without asking the device.
 

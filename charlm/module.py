@@ -5,6 +5,7 @@ Legend: B batch, T window, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from charlm.datamodule import CharDataModule
-from charlm.finite import all_finite, withhold
+from charlm.finite import clip, withhold
 from charlm.metrics import bits, bootstrap_standard_error
 from charlm.network import CharRNN, State
 from charlm.vocabulary import Vocabulary
@@ -85,6 +86,8 @@ class CharLM(L.LightningModule):
         self._count_loss(loss.detach())
         return self.network.regularizer.penalized(loss)
 
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
+
     def take_mean_loss(self) -> Tensor:
         """Return the mean loss of the steps since the last call, a scalar on the device; at least one must lie between.
 
@@ -120,11 +123,16 @@ class CharLM(L.LightningModule):
         """Whether a loss scaler does, which meets such gradients as a matter of course."""
         return self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Withhold a step whose gradient is not finite."""
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient, and withhold the step if it is not finite."""
+        finite = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
         if self._leaves_out_steps_itself:
             return
-        finite = all_finite(self.parameters())
         self.withheld += ~finite
         if self.device.type == "cuda":
             withhold(optimizer, finite)
@@ -168,6 +176,21 @@ class CharLM(L.LightningModule):
         optimizer = cls(groups, lr=learning_rate, **options, **self.optimizer_flags)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- what Lightning asks around each step, answered shortly, as by the signature above ----------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note the name of the hook that is called, twenty times a step, without the way of a parameter."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply_batch_transfer_handler(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        """Leave a batch, or its starts, where it is to be."""
+        if batch[0].device == (device or self.device):
+            return batch
+        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     # --- validation and test: the whole split in lanes, the state carried from batch to batch -----------------------
 
