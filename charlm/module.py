@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
+_CHANGING = {"_current_fx_name", "carried", "_loss_sum", "_losses", "withheld"}
 IGNORED = -100  # a target that cross_entropy passes over
 
 
@@ -130,14 +131,16 @@ class CharLM(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradient, and withhold the step if it is not finite."""
-        finite = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        finite = clip(parameters, gradient_clip_val, gradient_clip_algorithm)
         if self._leaves_out_steps_itself:
             return
-        self.withheld += ~finite
         if self.device.type == "cuda":
+            self.withheld += ~finite
             withhold(optimizer, finite)
         elif not finite:
-            for parameter in self.parameters():
+            self.withheld += 1
+            for parameter in parameters:
                 parameter.grad = None
 
     def _score(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
@@ -180,11 +183,15 @@ class CharLM(L.LightningModule):
     # --- what Lightning asks around each step, answered shortly, as by the signature above ----------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Note the name of the hook that is called, twenty times a step, without the way of a parameter."""
-        if name == "_current_fx_name":
+        """Note what changes in each step, such as the name of the hook that is called, not by way of a parameter."""
+        if name in _CHANGING:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Do nothing, without a search for who would."""
+        return batch
 
     def _apply_batch_transfer_handler(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Leave a batch, or its starts, where it is to be."""
