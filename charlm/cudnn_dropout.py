@@ -54,16 +54,7 @@ class CudnnDropout:
         self.state = fresh if state is None or state.shape != fresh.shape else state.to(device)
 
     def run(self, rnn: nn.RNNBase, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Do what `rnn(inputs, state)` does in training.
-
-        Args:
-            rnn: of all layers, batch first.
-            inputs: (B, T, I).
-            state: None begins at zero.
-
-        Returns:
-            The last layer's output, (B, T, H), and the state behind the last character.
-        """
+        """Do what `rnn(inputs, state)` does in training; see `Regularizer.layers`."""
         self.begin(rnn)
         begin = state if state is not None else inputs.new_zeros(rnn.num_layers, len(inputs), rnn.hidden_size)
         hidden, cell = begin if isinstance(begin, tuple) else (begin, begin if isinstance(rnn, nn.LSTM) else None)

@@ -18,10 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 GPUS = ("trainer=auto", "trainer.accelerator=gpu", "sampling.every_n_steps=1000000")
 AT_EACH_STEP = ("trainer.max_steps=200", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1")
 
