@@ -156,7 +156,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class FinalValidation(L.Callback):
-    """Ends a run with a validation, also where its budget is no multiple of the interval between them.
+    """Ends a run with a validation, also where its budget is no multiple of the steps or epochs between them.
 
     What is reported of a run, and kept as its best, must know its last steps.
     """
@@ -166,8 +166,9 @@ class FinalValidation(L.Callback):
     ) -> None:
         last_step = 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
-        if last_step or (last_epoch and trainer.is_last_batch):
-            trainer.should_stop = True  # Lightning validates before it stops
+        if last_step or (last_epoch and trainer.is_last_batch) or trainer.should_stop:
+            trainer.should_stop = True  # Lightning validates before it stops,
+            trainer.check_val_every_n_epoch = None  # in whichever epoch that is
 
 
 class Samples(L.Callback):

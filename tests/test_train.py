@@ -242,6 +242,8 @@ def test_the_last_steps_are_validated_whatever_the_interval(
     epochs = ("trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.limit_train_batches=12")
     train(composed(*tiny, *epochs), tmp_path / "epochs")
     assert [row["step"] for row in rows(tmp_path / "epochs") if row["val/loss"]] == ["10", "12"]
+    train(composed(*tiny, *epochs, "trainer.check_val_every_n_epoch=2"), tmp_path / "every_second")
+    assert [row["step"] for row in rows(tmp_path / "every_second") if row["val/loss"]] == ["12"]
 
 
 def test_training_stops_early_when_the_loss_no_longer_falls(
@@ -358,6 +360,9 @@ def test_wandb_is_online_by_request_or_credentials_alone(
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert mode() == "offline"
     assert mode("logger.mode=online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(InputError, match=r"WANDB_MODE=ofline is not one of .*; did you mean offline"):
+        mode()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
