@@ -64,6 +64,7 @@ def train(config: TrainConfig, folder: Path) -> float:
             describe_result,
             device_name,
             epoch_steps,
+            refuse_hosts_without_a_launcher,
             refuse_ranks_in_a_shared_process,
             step_budget,
         )
@@ -87,6 +88,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     signals = Signals()
     callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
+    refuse_hosts_without_a_launcher(trainer)
     refuse_ranks_in_a_shared_process(trainer)
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from charlm.checkpoint import WholeCheckpoints
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 # `describe` says what Lightning would, and the rest of its notes are advertisements. It sets its level when imported.
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler was asked for
 # Lightning 2.6 asks torch 2.13 a question in a way that torch is about to retire.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
@@ -44,6 +47,20 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
     except _REFUSALS as error:
         given = ", ".join(f"trainer.{name}={value}" for name, value in arguments.items() if name in _OF_THE_MACHINE)
         raise InputError(f"{' '.join(str(error).split())} (asked for: {given})") from None
+
+
+def refuse_hosts_without_a_launcher(trainer: L.Trainer) -> None:
+    """Refuse several hosts where nothing has started this process on each: it would wait for the others in vain.
+
+    Raises:
+        InputError: it is so.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"trainer.num_nodes={trainer.num_nodes}: Lightning starts processes on this host alone; start train.py on "
+            "each host with torchrun or srun; see README, Several devices and hosts"
+        )
 
 
 def _listed(value: Any) -> list[Any]:
