@@ -173,8 +173,8 @@ def _lay_by_split(draft: Draft, config: DataConfig) -> None:
     if (splits < 0).any() or not (splits == 0).any():
         lacks = "splits" if (splits < 0).any() else "training split"
         raise InputError(
-            f"data.split=source: data={config.source} has no {lacks} of its own; choose contiguous, documents or "
-            "stream_tail"
+            f"data.split=source: data={config.source} has no {lacks} of its own; choose contiguous, ends, "
+            "documents or stream_tail"
         )
     lacking = [split for split in (1, 2) if not (splits == split).any()]
     train = np.random.default_rng(config.split_seed).permutation(np.flatnonzero(splits == 0))

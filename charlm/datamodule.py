@@ -76,6 +76,7 @@ class CharDataModule(L.LightningDataModule):
             raise InputError(
                 f"the training split has {len(self._windows)} windows, fewer than data.batch_size="
                 f"{self.config.batch_size} on {world_size} device(s); lower data.batch_size"
+                + (" or data.stride" if self.config.stride > 1 else "")
             )
         return steps
 

@@ -15,6 +15,7 @@ import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from charlm.config import (
     TextConfig,
     TorchtextConfig,
 )
-from charlm.errors import InputError, listed
+from charlm.errors import InputError, listed, shortened
 
 _CHUNK = 2**17  # bytes read at a time: more leaves the cache of the processor, less costs calls
 _COMPRESSED = (".gz", ".bz2", ".zst")
@@ -210,7 +211,7 @@ def _csv_rows(
             if max(columns) >= len(row):
                 raise InputError(
                     f"{path} line {rows.line_num} has {len(row)} columns, but data.columns={chosen} asks for "
-                    f"column {max(columns)}, counted from 0"
+                    f"column {max(columns)}, counted from 0; set data.columns and data.header"
                 )
             yield Piece(" ".join(row[column] for column in columns), True, split, lines.take_size())
     except csv.Error as error:
@@ -229,6 +230,8 @@ def _json_rows(path: Path, decoded: Decoded, field: str, split: str | None) -> I
             raise InputError(f"{path} line {number} is not JSON: {error}; data=jsonl reads one object a line") from None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             has = f"its fields are {listed(list(row))}" if isinstance(row, dict) else "it is no JSON object"
+            if isinstance(row, dict) and field in row:
+                has = f"what stands there is {shortened(json.dumps(row[field]), 40)}"
             raise InputError(f"{path} line {number} has no text in the field {field!r}: {has}; set data.field")
         yield Piece(row[field], True, split, lines.take_size())
 
@@ -336,6 +339,7 @@ def _decoded(path: Path, encoding: str, max_expansion: float = math.inf) -> Deco
     Beside each text stand the bytes of the file that were read for it.
     """
     try:
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # which, unlike codecs, refuses base64 and its like
         decoder = codecs.getincrementaldecoder(encoding)()
     except LookupError:
         raise InputError(f"data.encoding={encoding} is no encoding that Python knows; utf-8 is the usual one") from None
