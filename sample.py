@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def main(cfg: DictConfig) -> None:
         output = Path(config.output) if config.output else None
         if output and not output.parent.is_dir():
             raise InputError(f"output={output} cannot be written: there is no folder {output.parent}")
+        if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+            raise InputError(f"output={output} cannot be written: it must be a file in a folder that may be written to")
         rows = sample(config)
         if output:
             written = _written.setdefault(output, [])

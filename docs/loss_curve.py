@@ -38,4 +38,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     matplotlib.use("Agg")
     *folders, target = map(Path, sys.argv[1:])
+    if missing := [str(folder) for folder in folders if not (folder / "metrics.csv").is_file()]:
+        sys.exit(f"no metrics.csv of a run in {', '.join(missing)}")
     draw(folders, target)
