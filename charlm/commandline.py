@@ -17,10 +17,10 @@ from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from charlm.console import printable
 from charlm.errors import InputError, RunStopped
@@ -35,7 +35,10 @@ _PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
     "hydra/launcher/ray": "ray",
     "hydra/sweeper/optuna": "optuna",
 }
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+_UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 
 
 def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
@@ -51,11 +54,14 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     logging.raiseExceptions = False  # a full disk costs the log file, not a traceback for each line of it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
+    if multirun:  # in front, for Hydra reads no settings behind a flag that itself stands behind some
+        sys.argv[1:] = ["-m", *(argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun"))]
     follow_pool()
     if multirun:  # processes of a cluster's launcher find charlm where this program does
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     sys.argv[1:] = [_literal(argument, text_keys, multirun) for argument in sys.argv[1:]]
     try:
+        _refuse_unused(sys.argv[1:], multirun)
         if "hydra.run.dir" in text_keys and not multirun:
             sys.argv += _folder_of_all_ranks(sys.argv[1:])
         main()
@@ -109,6 +115,9 @@ def job() -> Iterator[Path]:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         refuse(error)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def command(folder: Path) -> list[str]:
@@ -121,6 +130,21 @@ def command(folder: Path) -> list[str]:
     hydra = HydraConfig.get()
     told = [override for override in hydra.overrides.task if override.lstrip("+").partition("=")[0] != "sweep"]
     return [f"{hydra.job.name}.py", *told, f"hydra.run.dir={_quoted(str(folder))}"]
+
+
+def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
+    """Refuse what Hydra would take and do nothing with, or not what is meant.
+
+    Raises:
+        InputError: a sweep without `-m`, or a run's folder without a name, which would be the current folder.
+    """
+    sweeping = multirun or "hydra.mode=MULTIRUN" in arguments
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "sweep" and value not in ("", "null") and not sweeping:
+            raise InputError(f"{argument} is a sweep, which takes -m: python train.py -m {argument}")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and value in ("", "''", '""'):
+            raise InputError(f"{argument} names no folder; leave it out, or name one, as in {key}=runs/NAME")
 
 
 def _folder_of_all_ranks(arguments: Sequence[str]) -> list[str]:
@@ -155,11 +179,13 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
         return argument
-    return f"{key}={_quoted(value)}"
+    return (
+        f"{key}={_quoted(value, literal=key != 'hydra.run.dir')}"  # which Hydra's users make of ${now:%H-%M} and such
+    )
 
 
-def _quoted(text: str) -> str:
-    return QuotedString(text=text.replace("${", chr(92) + "${"), quote=Quote.double).with_quotes()
+def _quoted(text: str, literal: bool = True) -> str:
+    return QuotedString(text=text.replace("${", chr(92) + "${") if literal else text, quote=Quote.double).with_quotes()
 
 
 def _one_line(error: Exception) -> str:
@@ -179,8 +205,14 @@ def _one_line(error: Exception) -> str:
             text = f"{cause.override!r} is not of the form name=value"
         case OverrideParseException():
             text = f"cannot read {cause.override!r}: {_first_line(cause.message)}; quote the value, as in 'key=\"a b\"'"
+        case ConfigCompositionException() if str(cause).startswith("Ambiguous value for argument"):
+            argument = str(cause).split("'")[1]
+            key, _, value = argument.partition("=")
+            text = f"{argument} gives several values: add -m to try each, or write {key}=[{value}] for a list"
         case ConfigAttributeError() | ConfigKeyError() if cause.full_key:
             text = f"there is no setting {cause.full_key}{_nearest(cause)}"
+        case ValidationError() if cause.full_key and "is not a ListConfig" in str(cause):
+            text = f"{cause.full_key} is a list: write it in brackets, as in '{cause.full_key}=[a,b]'"
         case OmegaConfBaseException() if cause.full_key:
             text = f"{cause.full_key}: {_first_line(str(cause))}"
         case _:

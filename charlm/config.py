@@ -12,11 +12,12 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -51,7 +52,7 @@ def _count(name: str, value: Any) -> int:
         number = float(text if unit == 1 else text[:-1]) * unit
     except ValueError:
         number = math.nan
-    _check(1 <= number < math.inf, f"{name}={value} must be a number of 1 or more, as 500k, 1.2M or 1e6")
+    _check(1 <= number <= 1e15, f"{name}={value} must be a number from 1 to 1e15, as 500k, 1.2M or 1e6")
     return round(number)
 
 
@@ -95,6 +96,10 @@ class DataConfig:
                 "data.batch_size": self.batch_size,
                 "data.eval_lanes": self.eval_lanes,
             },
+        )
+        _check(
+            self.order == "shuffled" or self.stride == 1,
+            f"data.stride={self.stride} is of shuffled windows; streams read every character once, so leave it at 1",
         )
         for name in ("batch_size", "eval_lanes"):
             value = getattr(self, name)
@@ -236,7 +241,7 @@ class ModelConfig:
         _check(
             not self.tied or self.embedding_size in (None, self.hidden_size),
             f"model.tied=true makes input and output one matrix, so model.embedding_size={self.embedding_size} must be "
-            f"model.hidden_size={self.hidden_size}; leave it null",
+            "what model.hidden_size is; leave it null",
         )
 
 
@@ -492,6 +497,15 @@ class WandbConfig(LoggerConfig):
     def __post_init__(self) -> None:
         if self.mode is not None:
             _one_of("logger.mode", self.mode, ("online", "offline", "disabled"))
+        elif mode := os.environ.get("WANDB_MODE"):  # which W&B would read once the run has begun
+            _one_of("WANDB_MODE", mode, ("online", "offline", "disabled", "shared", "dryrun", "run"))
+        refused = [character for character in "/\\#?%:" if character in self.project]
+        _check(
+            bool(self.project) and not refused,
+            f"logger.project={self.project} must be a name without {' '.join(refused)}, as W&B has it"
+            if refused
+            else "logger.project= must be a name",
+        )
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
@@ -541,6 +555,7 @@ class TrainConfig:
         Raises:
             InputError: a value that is missing or out of its bounds.
         """
+        _refuse_added(cfg, TrainSchema)
         trainer = {
             str(key): _plain(cfg.trainer[key]) for key in cfg.trainer if not OmegaConf.is_missing(cfg.trainer, key)
         }
@@ -570,10 +585,25 @@ class TrainConfig:
         _at_least(1, **self._given("accumulate_grad_batches", "check_val_every_n_epoch"))
         _at_least(0, **self._given("log_every_n_steps", "min_steps", "min_epochs", "gradient_clip_val"))
         _at_least(-1, **self._given("max_steps", "max_epochs", "num_sanity_val_steps"))
+        for name, value in self._given("max_steps", "max_epochs").items():
+            _check(value != 0, f"{name}=0 would train nothing; set it to 1 or more, or to -1 for no bound")
+        for name, value in self._given("limit_train_batches", "limit_val_batches", "limit_test_batches").items():
+            _check(
+                isinstance(value, int | float | None),
+                f"{name}={value} must be a number: batches, or a share of them such as 0.5",
+            )
+        for name, value in self._given("limit_train_batches", "limit_val_batches").items():
+            _check(value != 0, f"{name}=0 would leave nothing to train on, or to choose the best checkpoint by")
         interval = self.trainer.get("val_check_interval")
         _check(
             not isinstance(interval, int | float) or interval > 0,
-            f"trainer.val_check_interval={interval} must be above 0: steps, or a share of an epoch such as 0.5",
+            f"trainer.val_check_interval={interval} must be above 0: steps, or with trainer.check_val_every_n_epoch=1 "
+            "a share of an epoch such as 0.5",
+        )
+        deterministic = self.trainer.get("deterministic")
+        _check(
+            deterministic in (None, True, False, "warn"),
+            f"trainer.deterministic={deterministic} is not one of true, false, warn",
         )
         if self.trainer.get("gradient_clip_algorithm") is not None:
             _one_of("trainer.gradient_clip_algorithm", self.trainer["gradient_clip_algorithm"], ("norm", "value"))
@@ -615,6 +645,7 @@ class SampleConfig(SamplingConfig):
         Raises:
             InputError: a value that is missing or out of its bounds.
         """
+        _refuse_added(cfg, cls)
         config = _object(OmegaConf.create({"sample": cfg}), "sample")
         assert isinstance(config, cls)
         return config
@@ -622,6 +653,25 @@ class SampleConfig(SamplingConfig):
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _refuse_added(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuse what `+name=value` added beside the settings that there are: nothing would read it.
+
+    Raises:
+        InputError: there is such a setting.
+    """
+    known = [field.name for field in fields(schema)]
+    for key in map(str, cfg):
+        if not prefix and key == "hydra":
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
+            raise InputError(f"there is no setting {prefix}{key}, with a + or without; {hint}")
+        kind = OmegaConf.get_type(cfg, key)
+        if kind is not None and is_dataclass(kind):
+            _refuse_added(cfg[key], kind, f"{prefix}{key}.")
 
 
 def _object(cfg: DictConfig, name: str) -> Any:

@@ -189,10 +189,12 @@ def take_folder(given: Path, grid: Grid) -> Path:
 def _taken(folder: Path, grid: Grid) -> Path:
     """Hold the folder, and write down what it is for."""
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.sweep.dir") from None
     except Timeout:
         raise InputError(
             f"another process sweeps in {folder} just now; wait for its end, or choose another folder with "

@@ -101,11 +101,21 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
         ("sampling.every_n_steps=0", "every_n_steps=0"),
         ("logger.mode=onlin", "did you mean online"),
         ("seed=-1", "seed=-1"),
+        ("model.parameters=1e30", "from 1 to 1e15"),
+        ("data.order=streams data.stride=2", "data.stride=2 is of shuffled windows"),
+        ("trainer.max_epochs=0", "max_epochs=0 would train nothing"),
+        ("trainer.limit_val_batches=0", "limit_val_batches=0"),
+        ("trainer.limit_test_batches=some", "limit_test_batches=some must be a number"),
+        ("trainer.deterministic=maybe", "deterministic=maybe is not one of"),
+        ("logger.project=a/b", "logger.project=a/b must be a name without /"),
+        ("logger.project=''", "must be a name"),
+        ("++model.hiden_size=3", "did you mean model.hidden_size"),
+        ("+sede=3", "did you mean seed"),
     ],
 )
 def test_a_value_out_of_its_bounds_is_refused_by_name(override: str, says: str, composed: Composed) -> None:
     with pytest.raises(InputError, match=says.replace("[", r"\[")):
-        composed(override)
+        composed(*override.split())
 
 
 @pytest.mark.parametrize(("written", "meant"), [("500k", 500_000), ("1.2M", 1_200_000), ("1e6", 1_000_000), ("65", 65)])
@@ -131,7 +141,10 @@ def test_what_must_be_given_is_asked_for(composed: Composed) -> None:
 
 @pytest.mark.parametrize(
     ("override", "says"),
-    [("num_samples=0", "num_samples=0"), ("length=-1", "length=-1"), ("stop=''", "stop"), ("seed=-2", "seed=-2")],
+    [
+        *(("num_samples=0", "num_samples=0"), ("length=-1", "length=-1"), ("stop=''", "stop"), ("seed=-2", "seed=-2")),
+        ("+lenght=3", "did you mean length"),
+    ],
 )
 def test_sampling_settings_have_bounds_too(
     override: str, says: str, composed_sample: Callable[..., SampleConfig]

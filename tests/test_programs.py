@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,17 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["sampling.prompt=Привет, мир"], "'П' (U+041F)"),
         ("train.py", ["trainer.accelerator=gpu", "trainer.devices=3"], "trainer.devices=3"),
         ("train.py", ["data.window"], "not of the form name=value"),
+        ("train.py", ["data=text", "data.path=short.txt", "data.encoding=base64"], "is no encoding"),
+        ("train.py", ["sweep=cell_size_temperature"], "takes -m"),
+        ("train.py", ["model=lstm,gru"], "add -m to try each"),
+        ("train.py", ["seed=-1,-2", "-m"], "seed=-1 must be"),
+        ("train.py", ["hydra.run.dir="], "names no folder"),
+        ("train.py", ["hydra.run.dir=short.txt"], "cannot write short.txt"),
+        ("train.py", ["-m", "hydra.sweep.dir=short.txt", "seed=1,2"], "cannot write short.txt"),
+        ("train.py", ["optimizer.betas=0.9"], "optimizer.betas is a list"),
+        ("train.py", ["trainer.num_nodes=2"], "start train.py on each host"),
+        ("sample.py", ["output=folder"], "output=folder cannot be written"),
+        ("sample.py", ["device=meta"], "device=meta is not to be had"),
         ("sample.py", [], "no run in runs/ has completed"),
         ("sample.py", ["checkpoint=none.ckpt"], "none.ckpt does not exist"),
         ("sample.py", ["checkpoint=short.txt"], "not a checkpoint of charlm's"),
@@ -112,6 +125,18 @@ def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: P
     assert len({text.split("---\n")[1] for text in texts}) == 3
 
 
+def test_whoever_has_read_enough_of_the_texts_ends_the_program_quietly(run: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "sample.py"
+    command = [sys.executable, str(script), f"checkpoint={run}", "length=2000", "temperature=[1.0,1.1,1.2]"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_a_text_is_taken_as_it_stands(run: Path, program: Program) -> None:
     prompt = "The sea, and (some) = {hill} ${x} 'q' "
     done = program(
@@ -129,11 +154,12 @@ def test_help_answers_with_the_choices(program: Program) -> None:
 
 
 def test_a_log_file_has_no_progress_bar(tiny: list[str], program: Program, tmp_path: Path) -> None:
-    done = program("train.py", *tiny)
+    done = program("train.py", *tiny, "hydra.run.dir=runs/${model.cell} of ${now:%Y}")
     assert done.returncode == 0, done.stderr
     assert "it/s" not in done.stdout + done.stderr
     assert "step     20 of 20" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("lstm of 20")  # Hydra's interpolations
     assert (folder / "train.log").exists()
     assert program("sample.py", "length=5", "temperature=0").stdout.startswith("the newest completed run: ")
 
