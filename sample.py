@@ -28,8 +28,8 @@ def sample(config: SampleConfig) -> list[dict[str, Any]]:
     """Draw texts at each temperature and print them as they grow.
 
     Returns:
-        A row for each text: checkpoint, temperature, sample, seed, prompt, text, and what can be measured of it without
-        the training text; see charlm/text_metrics.py.
+        A row for each text: checkpoint, temperature, seed, sample, weights, prompt, text, and what can be measured
+        without the training text; see charlm/text_metrics.py.
 
     Raises:
         InputError: no checkpoint, an unreadable one, a prompt that the model cannot read, or weights that the device
@@ -67,11 +67,12 @@ def sample(config: SampleConfig) -> list[dict[str, Any]]:
                 )
             rows.append(
                 {"checkpoint": str(path), "temperature": temperature, "seed": config.seed, "sample": number}
-                | {"prompt": prompt, "text": text}
+                | {"weights": sampler.arithmetic, "prompt": prompt, "text": text}
             )
     rows = measured(rows, model.network, model.vocabulary)
     sys.stdout.flush()
-    print(f"\n{measures_table(rows)}", file=sys.stderr)  # where the texts go on into a file, they go alone
+    # Where the texts go on into a file, they go alone.
+    print(f"\n{measures_table(rows)}\ndrawn on {device.type}, weights={sampler.arithmetic}", file=sys.stderr)
     return rows
 
 

@@ -632,7 +632,7 @@ class SampleConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("weights", self.weights, ("float32", "int8"))
+        _one_of("weights", self.weights, ("auto", "float32", "int8"))
         _at_least(1, num_samples=self.num_samples)
         _at_least(0, seed=self.seed)
         _check(self.prompt_file is None or not self.prompt, "give prompt or prompt_file, not both")

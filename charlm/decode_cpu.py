@@ -7,63 +7,32 @@ multiplies and numpy does the rest, on the same memory, in place:
     hidden gates    the state times the weights
     sigmoid(x)      (tanh(x / 2) + 1) / 2, the half already in the weights: one tanh serves all gates
 
-What a text is does not depend on what is drawn beside it, so the sums of a product's row must not either. Libraries sum
-in another order for a single row, and for very many: one row therefore has a second beside it, and many are cut.
-`rows_agree` tries, before a shape is used, that the numbers of rows which are left give the same sums to the last bit.
+What a text is does not depend on what is drawn beside it, so a product's sums must not either: charlm/products.py.
 
-Weights that no core's cache holds are read from memory for each character, and that takes nearly all the time. In 8
-bits they are a quarter: "int8" rounds each weight to one of 255 steps, which are as wide as the largest weight of its
-gate asks for, and what it is multiplied with to bfloat16.
-
-Legend: B samples, R rows of a product, V vocabulary, H hidden, G gates (4H in an LSTM, 3H in a GRU, H in a plain one).
+Legend: B samples, V vocabulary, H hidden, G gates (4H in an LSTM, 3H in a GRU, H in a plain one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charlm.draw import Drawer, prepared
 from charlm.network import CharRNN
+from charlm.products import ARITHMETICS, Product, Work, agree
 from charlm.vocabulary import FIRST_WRITTEN, Ids
 
 Array = npt.NDArray[np.float32]
 
-MOST_ROWS = 64  # that a product has
-
-
-class Arithmetic(NamedTuple):
-    """A way to multiply."""
-
-    numbers_of_rows: tuple[int, ...]  # that a product may have
-    # From a weight (width in, width out) to what writes the product with rows (R, width in) into (R, width out).
-    multiplier: Callable[[Tensor], Callable[[Tensor, Tensor], object]]
-
-
-def _float32(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
-    return lambda rows, out: torch.mm(rows, weight, out=out)
-
-
-def _int8(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
-    step = (weight.abs().amax(dim=0) / 127).clamp(min=1e-30).bfloat16()  # (width out,)
-    whole = (weight / step.float()).round().clamp(-127, 127).to(torch.int8).T  # (width out, width in)
-    # Torch's product reads vectors, also beyond the end of a row that is no multiple of them.
-    zeros = (0, -len(weight) % 64)
-    whole = F.pad(whole, zeros).contiguous()
-    return lambda rows, out: out.copy_(torch._weight_int8pack_mm(F.pad(rows.bfloat16(), zeros), whole, step))
-
-
-ARITHMETICS = {
-    "float32": Arithmetic((2, 4, 8, 16, 24, 32, 48, MOST_ROWS), _float32),
-    "int8": Arithmetic((1, 2, 4, 8, 16, 24, 32, 48, MOST_ROWS), _int8),
-}
+# Bytes of float32 that a character reads. From here on 8 bits were at least 1.2 times as fast, for 1, 6 and 64 texts;
+# below, for some networks slower (BENCHMARKS.md).
+LARGE = 3_000_000
 
 
 def decode(
@@ -94,40 +63,39 @@ def serves(network: CharRNN, arithmetic: str = "float32") -> bool:
     """Return whether a network is on a CPU, and every product there gives a row the same sums in every number of rows
     that there is of it.
     """
-    rnn, output = network.rnn, network.output.weight
-    if output.device.type != "cpu":
-        return False
-    sizes = {(rnn.hidden_size, rnn.weight_hh_l0.shape[0]), (rnn.hidden_size, len(output) - FIRST_WRITTEN)}
-    return all(rows_agree(*size, torch.get_num_threads(), arithmetic) for size in sorted(sizes))
+    on_cpu = network.output.weight.device.type == "cpu"
+    return on_cpu and all(agree(*size, torch.get_num_threads(), arithmetic) for size in sorted(set(_sizes(network))))
 
 
-@cache
-def rows_agree(width_in: int, width_out: int, threads: int, arithmetic: str = "float32") -> bool:
-    """Return whether a product of these sizes gives a row the same sums to the last bit, whichever of the arithmetic's
-    numbers of rows it is one of.
+def chosen(network: CharRNN, weights: str) -> str:
+    """Return the arithmetic that `weights` comes to, however many texts are drawn.
+
+    "auto" is "int8" for a large network on a CPU of a kind that has been measured, with AVX-512 and its instructions
+    for 8 bits, which `serves` sees by their sums; everywhere else it is "float32".
     """
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(MOST_ROWS, width_in, generator=draw)
-    numbers, multiplier = ARITHMETICS[arithmetic]
-    multiply = multiplier(torch.randn(width_in, width_out, generator=draw))
-
-    def product(some: slice) -> Tensor:
-        out = torch.empty(len(rows[some]), width_out)
-        multiply(rows[some], out)
-        return out
-
-    whole = product(slice(None))
-    return all(
-        torch.equal(product(some), whole[some]) for number in numbers for some in (slice(number), slice(-number, None))
-    )
+    if weights != "auto":
+        return weights
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "int8" if fast and step_bytes(network) >= LARGE and serves(network, "int8") else "float32"
 
 
-class Product(NamedTuple):
-    """What is done with rows: they are multiplied, and something is added."""
+def step_bytes(network: CharRNN) -> int:
+    """Return how many bytes of weights a character reads in float32."""
+    return 4 * sum(width_in * width_out for width_in, width_out in _sizes(network))
 
-    size: torch.Size  # width in, width out
-    multiply: Callable[[Tensor, Tensor], object]  # rows (R, width in) into (R, width out)
-    bias: Tensor | None  # (width out,); None: another product's has it in it
+
+def _sizes(network: CharRNN) -> list[tuple[int, int]]:
+    """Return the width in and out of each product that a character takes."""
+    size, gates = network.rnn.hidden_size, network.rnn.weight_hh_l0.shape[0]
+    layers = 2 * network.rnn.num_layers - 1  # hidden gates of each, input gates of each but the first
+    return [*[(size, gates)] * layers, (size, len(network.output.weight) - FIRST_WRITTEN)]
+
+
+class Linear(NamedTuple):
+    """What is done with a state: it is multiplied, and something is added."""
+
+    product: Product
+    bias: Tensor | None  # (width out,); None: another's has it in it
 
 
 class Weights:
@@ -135,28 +103,28 @@ class Weights:
 
     def __init__(self, network: CharRNN, arithmetic: str = "float32") -> None:
         rnn = network.rnn
-        self.numbers_of_rows, multiplier = ARITHMETICS[arithmetic]
+        self.arithmetic = ARITHMETICS[arithmetic]
 
-        def product(weight: Tensor, bias: Tensor | None) -> Product:
-            return Product(weight.shape, multiplier(weight), bias)
+        def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+            return Linear(self.arithmetic(weight), bias)
 
         self.hidden_size = rnn.hidden_size
         self.cell = _CELLS[type(rnn)]
         symbols = network.one_hot if network.embedding is None else network.embedding.weight.detach()  # (V, I)
-        self.inputs: list[Product] = []  # of each layer but the first, for which there is the table
-        self.hidden: list[Product] = []  # of each layer
+        self.inputs: list[Linear] = []  # of each layer but the first, for which there is the table
+        self.hidden: list[Linear] = []  # of each layer
         for layer in range(rnn.num_layers):
             w_ih, w_hh, b_ih, b_hh = (getattr(rnn, f"{name}_l{layer}").detach().float() for name in _NAMES)
             if not isinstance(rnn, nn.GRU):  # whose reset gate stands before one hidden bias
                 b_ih, b_hh = b_ih + b_hh, None
             arranged = self.cell.arranged
             if layer:
-                self.inputs.append(product(arranged(w_ih.T), arranged(b_ih)))
+                self.inputs.append(linear(arranged(w_ih.T), arranged(b_ih)))
             else:
                 self.table = (symbols.float() @ arranged(w_ih.T) + arranged(b_ih)).numpy()  # (V, G)
-            self.hidden.append(product(arranged(w_hh.T), None if b_hh is None else arranged(b_hh)))
+            self.hidden.append(linear(arranged(w_hh.T), None if b_hh is None else arranged(b_hh)))
         output = network.output
-        self.output = product(
+        self.output = linear(
             output.weight.detach()[FIRST_WRITTEN:].float().T.contiguous(), output.bias.detach()[FIRST_WRITTEN:].float()
         )
 
@@ -170,40 +138,43 @@ class Steps:
     """
 
     def __init__(self, weights: Weights, samples: int) -> None:
+        arithmetic = weights.arithmetic
+
         def rows(width: int) -> Tensor:
-            rest = samples % MOST_ROWS
-            whole = next(number for number in weights.numbers_of_rows if number >= rest) if rest else 0
-            return torch.zeros(samples - rest + whole, width)
+            return torch.zeros(arithmetic.rows(samples), width)
 
         self._table = weights.table
         size, gates = weights.hidden_size, weights.table.shape[1]
-        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output.size[1])
+        from_below, from_before, logits = rows(gates), rows(gates), rows(weights.output.product.size[1])
         self._x: Array = from_below.numpy()[:samples]
         self.logits: Array = logits.numpy()[:samples]
         self.state: list[Array] = []
-        self._work: list[Callable[[], object]] = []  # of a step, in this order, behind the first layer's input gates
-        hidden: Tensor | None = None
-        for layer, product in enumerate(weights.hidden):
-            if hidden is not None:
-                self._multiply(hidden, weights.inputs[layer - 1], from_below)
+        self._operands: list[Array] = []
+        self._work: list[Work] = []  # of a step, in this order, behind the first layer's input gates
+        operand: Tensor | None = None
+        for layer, linear in enumerate(weights.hidden):
+            if operand is not None:
+                self._multiply(operand, weights.inputs[layer - 1], from_below)
             hidden = rows(size)
-            self._multiply(hidden, product, from_before)
+            operand, renewed = arithmetic.operand(hidden)
+            self._multiply(operand, linear, from_before)
             cell = weights.cell(self._x, from_before.numpy()[:samples], hidden.numpy()[:samples])
             self.state += cell.state
-            self._work.append(cell)
-        assert hidden is not None
-        self._multiply(hidden, weights.output, logits)
+            self._operands.append(operand.numpy()[:samples])
+            self._work += [cell, *renewed]
+        assert operand is not None
+        self._multiply(operand, weights.output, logits)
 
-    def _multiply(self, rows: Tensor, product: Product, out: Tensor) -> None:
-        for part, part_out in zip(torch.split(rows, MOST_ROWS), torch.split(out, MOST_ROWS), strict=True):
-            self._work.append(partial(product.multiply, part, part_out))
-        if product.bias is not None:
-            self._work.append(partial(np.add, out.numpy(), product.bias.numpy(), out.numpy()))
+    def _multiply(self, operand: Tensor, linear: Linear, out: Tensor) -> None:
+        self._work += linear.product.into(out, operand)
+        if linear.bias is not None:
+            self._work.append(partial(np.add, out.numpy(), linear.bias.numpy(), out.numpy()))
 
     def begin_as(self, other: Steps) -> None:
         """Continue from the one text that `other` has read."""
-        for mine, its in zip((*self.state, self.logits), (*other.state, other.logits), strict=True):
-            mine[:] = its
+        mine = (*self.state, *self._operands, self.logits)
+        for to, its in zip(mine, (*other.state, *other._operands, other.logits), strict=True):
+            to[:] = its
 
     def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Read ids, shape (B,)."""

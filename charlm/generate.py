@@ -77,7 +77,7 @@ class Sampler:
     """Draws texts from a network.
 
     The same seed gives the same text on the same device, whatever is drawn beside it and in whatever portions: each
-    sample has random numbers of its own, and its scores come out the same to the last bit (charlm/decode_cpu.py and
+    sample has random numbers of its own, and its scores come out the same to the last bit (charlm/products.py and
     charlm/decode_exact.py say how). On another device a score may differ in its last bits, and a text fork.
 
     Args:
@@ -85,25 +85,31 @@ class Sampler:
         vocabulary: the network's.
         top_k: as in `charlm.draw.draw`.
         top_p: as there.
-        weights: "int8" draws with weights rounded to 8 bits: a large network's text comes faster on a CPU.
+        weights: "float32" draws from the network as it is. "int8" rounds weights and states to 8 bits, as "auto" does
+            on a CPU where a large network's text comes faster so.
 
     Raises:
-        InputError: 8 bits are not to be had.
+        InputError: "int8" is not to be had.
     """
 
     network: CharRNN
     vocabulary: Vocabulary
     top_k: int | None = None
     top_p: float | None = None
-    weights: str = "float32"
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.weights != "float32" and not decode_cpu.serves(self.network, self.weights):
+        if self.weights == "int8" and not decode_cpu.serves(self.network, self.weights):
             device = self.network.output.weight.device
             raise InputError(
-                f"weights={self.weights} is not to be had on this {device.type}: it needs device=cpu, and products of "
-                "8 bits there in which no text depends on those beside it"
+                f"weights=int8 is not to be had on this {device.type}: it needs device=cpu, and there instructions for "
+                "whole numbers of 8 bits (such as AVX512-VNNI) that this torch makes use of"
             )
+
+    @property
+    def arithmetic(self) -> str:
+        """What `weights` comes to: float32 or int8."""
+        return decode_cpu.chosen(self.network, self.weights)
 
     def stream(
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
@@ -175,8 +181,9 @@ class Sampler:
         keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
         uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
         given = self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p
-        if length and decode_cpu.serves(self.network, self.weights):
-            yield from decode_cpu.decode(*given, self.weights)
+        arithmetic = self.arithmetic
+        if length and decode_cpu.serves(self.network, arithmetic):
+            yield from decode_cpu.decode(*given, arithmetic)
         elif length:
             yield from decode_exact.decode(*given)
 

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from charlm.checkpoint import WholeCheckpoints
 from charlm.datamodule import CharDataModule
+from charlm.decode_cpu import chosen
 from charlm.errors import InputError
 from charlm.module import CharLM
 from charlm.sources import SPLITS
@@ -137,13 +138,15 @@ def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
     )
     parameters = model.network.size
     captured = not model.automatic_optimization
+    rounded = trainer.strategy.root_device.type == "cpu" and chosen(model.network, "auto") == "int8"
     rnn = model.network.rnn
     batch = f"{config.batch_size} x {config.window} characters"
     if trainer.world_size > 1:
         batch += f" on each of {trainer.world_size} devices"
     log.info(
         f"model: {model.hparams['model']['cell']}, {rnn.num_layers} x {rnn.hidden_size}, {parameters:,} parameters; "
-        f"{trainer.accelerator.name()}, {trainer.precision}{', the step as one CUDA graph' if captured else ''}; "
+        f"{trainer.accelerator.name()}, {trainer.precision}{', the step as one CUDA graph' if captured else ''}"
+        f"{', samples with weights=int8' if rounded else ''}; "
         f"{model.hparams['total_steps']:,} steps of {batch}"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from charlm import decode_cpu, decode_exact
+from charlm import decode_cpu, decode_exact, products
+from charlm.config import SampleConfig
 from charlm.draw import Drawer, draw, prepared
 from charlm.errors import InputError
-from charlm.generate import Sampler
+from charlm.generate import Sampler, sample_rows
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
 
@@ -143,7 +144,7 @@ def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatc
 def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network()
     assert decode_cpu.serves(made)  # of the libraries that charlm is tested with
-    monkeypatch.setattr(decode_cpu, "rows_agree", lambda *kind: False)
+    monkeypatch.setattr(decode_cpu, "agree", lambda *kind: False)
     monkeypatch.setattr(decode_cpu, "decode", None)
     text = Sampler(made, Vocabulary(SYMBOLS)).texts([3], 30, [0.8], [(1, 0)])
     assert len(text[0]) == 30
@@ -151,12 +152,13 @@ def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_agrees_is_tried_with_the_sizes_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: set[tuple[int, int]] = set()
-    monkeypatch.setattr(decode_cpu, "rows_agree", lambda width_in, width_out, *_: not tried.add((width_in, width_out)))
+    monkeypatch.setattr(decode_cpu, "agree", lambda width_in, width_out, *_: not tried.add((width_in, width_out)))
     made = network("gru", 48, 2)
     assert decode_cpu.serves(made)
     weights = decode_cpu.Weights(made)
-    products = (*weights.inputs, *weights.hidden, weights.output)
-    assert tried == {tuple(product.size) for product in products}
+    sizes = [linear.product.size for linear in (*weights.inputs, *weights.hidden, weights.output)]
+    assert tried == {tuple(size) for size in sizes}
+    assert decode_cpu.step_bytes(made) == 4 * sum(width_in * width_out for width_in, width_out in sizes)
 
 
 def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,30 +167,78 @@ def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.
     def two_ways(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return product(rows, weight, out=out) if len(rows) > 8 else product(rows.flip(1), weight.flip(0), out=out)
 
-    decode_cpu.rows_agree.cache_clear()
-    assert decode_cpu.rows_agree(64, 32, 1)
-    decode_cpu.rows_agree.cache_clear()
+    assert products.Float32.agrees(64, 32)
     monkeypatch.setattr(torch, "mm", two_ways)
-    assert not decode_cpu.rows_agree(64, 32, 1)
-    decode_cpu.rows_agree.cache_clear()
+    assert not products.Float32.agrees(64, 32)
 
 
 # --- weights of 8 bits ----------------------------------------------------------------------------------------------
 
 
+HAS_INT8 = products.Int8.agrees(48, 192)
+int8 = pytest.mark.skipif(not HAS_INT8, reason="needs a processor with instructions for whole numbers of 8 bits")
+
+
+@int8
+@pytest.mark.parametrize("width_in", [3, 33, 128, 512, 1100])
+@pytest.mark.parametrize("width_out", [2, 103, 256])
+@pytest.mark.parametrize("largest", [False, True])
+def test_products_in_8_bits_are_exact_for_any_number_of_rows(width_in: int, width_out: int, largest: bool) -> None:
+    random = np.random.default_rng(width_in)
+    whole = random.integers(-127, 128, (width_in, width_out))
+    state = random.integers(-127, 128, (200, width_in))
+    whole[0] = 127  # the largest of each column: a step is 1
+    if largest:
+        whole[:], state[:] = 127, 127
+    exact = (state @ whole).astype(np.float32) * np.float32(1 / 127)
+    product = products.Int8(torch.from_numpy(whole).float())
+    rows = torch.from_numpy(state.astype(np.float32) / np.float32(127))
+    for some in (slice(0, 1), slice(7, 8), slice(0, 2), slice(3, 8), slice(1, 65), slice(None)):
+        assert np.array_equal(products.multiplied(product, rows[some]).numpy(), exact[some])
+
+
+def test_sums_that_a_processor_cuts_short_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturated(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Multiply as without VNNI: the one factor 128 larger, to have no sign, and pairs summed up in 16 bits."""
+        pairs = ((rows.int() + 128)[:, :, None] * weight.int()[None]).unflatten(1, (-1, 2)).sum(dim=2)  # (R, K / 2, N)
+        return out.copy_(pairs.clamp(-(2**15), 2**15 - 1).sum(dim=1) - 128 * weight.int().sum(dim=0))
+
+    def exact(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(rows.double() @ weight.double())
+
+    monkeypatch.setattr(torch, "_int_mm", exact)
+    assert products.Int8.agrees(64, 32)
+    monkeypatch.setattr(torch, "_int_mm", saturated)
+    assert not products.Int8.agrees(64, 32)
+    monkeypatch.delattr(torch, "_int_mm")  # as in older ones
+    assert not products.Int8.agrees(64, 32)
+
+
+@int8
 @cells
 @pytest.mark.parametrize("size", [33, 128])
-def test_with_weights_of_8_bits_too_a_text_is_its_own_whatever_is_drawn_beside_it(cell: str, size: int) -> None:
+def test_in_8_bits_too_a_text_is_its_own_whatever_is_drawn_beside_it(cell: str, size: int) -> None:
     made = network(cell, size)
     assert decode_cpu.serves(made, "int8")
-    together = drawn(decode_cpu, made, 70, 60, arithmetic="int8")
-    assert not np.array_equal(together, drawn(decode_cpu, made, 70, 60))
-    for samples in (1, 2, 3, 7, 20, 65):
-        assert np.array_equal(drawn(decode_cpu, made, samples, 60, arithmetic="int8"), together[:, :samples])
+    together = drawn(decode_cpu, made, 200, 60, arithmetic="int8")
+    assert not np.array_equal(together, drawn(decode_cpu, made, 200, 60))
+    for samples, length in ((1, 60), (1, 13), (2, 60), (6, 60), (64, 60), (65, 7)):
+        assert np.array_equal(drawn(decode_cpu, made, samples, length, arithmetic="int8"), together[:length, :samples])
 
 
+@int8
+def test_in_8_bits_too_a_text_goes_on_from_its_prompt_to_the_last_bit() -> None:
+    made = network()
+    whole = drawn(decode_cpu, made, 1, 200, arithmetic="int8")[:, 0]
+    for cut in (1, 32, 150):
+        uniforms = np.random.default_rng(0).random(200, dtype=np.float32)[cut:, None]
+        rest = list(decode_cpu.decode(made, (3, *whole[:cut]), [0.7], uniforms, None, None, "int8"))
+        assert [i for (i,) in rest] == whole[cut:].tolist()
+
+
+@int8
 @cells
-def test_weights_of_8_bits_predict_as_well_up_to_their_rounding(cell: str) -> None:
+def test_in_8_bits_a_network_predicts_as_well_up_to_their_rounding(cell: str) -> None:
     made = network(cell, 64)
     ids = torch.randint(0, len(SYMBOLS), (20, 50), generator=torch.Generator().manual_seed(2))
     exact = made(ids)[0][:, :, FIRST_WRITTEN:].detach().log_softmax(dim=2)
@@ -200,8 +250,59 @@ def test_weights_of_8_bits_predict_as_well_up_to_their_rounding(cell: str) -> No
         assert 0 < divergence < 0.002
 
 
-def test_weights_of_8_bits_are_refused_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_cpu, "rows_agree", lambda *kind: False)
+# --- which weights are rounded --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "size", "layers", "capability", "exact", "expected"),
+    [
+        ("lstm", 512, 2, "AVX512", True, "int8"),
+        ("lstm", 256, 2, "AVX512", True, "int8"),
+        ("gru", 512, 1, "AVX512", True, "int8"),
+        ("lstm", 384, 1, "AVX512", True, "float32"),  # a core's cache holds them
+        ("gru", 256, 2, "AVX512", True, "float32"),
+        ("lstm", 512, 2, "AVX2", True, "float32"),  # not known to be faster
+        ("lstm", 512, 2, "DEFAULT", True, "float32"),
+        ("lstm", 512, 2, "AVX512", False, "float32"),
+    ],
+)
+def test_large_networks_are_rounded_where_that_is_known_to_be_faster(
+    cell: str,
+    size: int,
+    layers: int,
+    capability: str,
+    exact: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(decode_cpu, "agree", lambda *kind: exact)
+    made = CharRNN(len(SYMBOLS), cell, size, layers)
+    assert decode_cpu.chosen(made, "auto") == expected
+    assert Sampler(made, Vocabulary(SYMBOLS)).arithmetic == expected
+    assert Sampler(made, Vocabulary(SYMBOLS), weights="float32").arithmetic == "float32"
+    assert decode_cpu.chosen(made.to("meta"), "auto") == "float32"  # not on a CPU
+
+
+@int8
+def test_texts_of_a_large_network_are_the_same_in_training_and_sampling(
+    monkeypatch: pytest.MonkeyPatch, composed_sample: Callable[..., SampleConfig]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(decode_cpu, "LARGE", 1)
+    made, vocabulary = network(), Vocabulary(SYMBOLS)
+    sampling = composed_sample("length=40", "prompt=abc")
+    rows = sample_rows(made, vocabulary, sampling, [0.5, 1.0], seed=3, step=0)
+
+    def texts(weights: str) -> list[str]:
+        sampler = Sampler(made, vocabulary, weights=weights)
+        return sampler.texts([int(i) for i in vocabulary.encode("abc")], 40, [0.5, 1.0, 1.0], [(3, 0), (3, 0), (3, 1)])
+
+    assert [row["text"] for row in rows] == texts("auto")[:2] == texts("int8")[:2] != texts("float32")[:2]
+
+
+def test_8_bits_are_refused_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_cpu, "agree", lambda *kind: False)
     with pytest.raises(InputError, match="weights=int8 is not to be had on this cpu"):
         Sampler(network(), Vocabulary(SYMBOLS), weights="int8")
 

@@ -104,6 +104,8 @@ def test_texts_stand_under_their_temperatures_and_in_a_file(run: Path, program: 
     assert first.stdout == expected
     assert "entropy" in first.stderr.splitlines()[1]  # what was measured; the texts go alone into a pipe
     assert {"distinct_4grams", "loop_rate", "entropy"} <= rows[0].keys()
+    assert first.stderr.endswith("drawn on cpu, weights=float32\n")
+    assert rows[0]["weights"] == "float32"
     assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
 
 
