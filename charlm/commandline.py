@@ -97,18 +97,18 @@ def refuse(error: Exception) -> NoReturn:
 def job() -> Iterator[Path]:
     """Around a job that Hydra runs; gives its folder.
 
-    Bad input takes back the empty folder that Hydra made, and ends the program; in a sweep it is raised, so that the
-    other jobs go on.
+    Bad input takes back the empty folder that Hydra made, as Ctrl-C does before work begins, and ends the program; in a
+    sweep it is raised, so that the other jobs go on.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         yield folder
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:
         if folder != Path.cwd():
             with suppress(OSError):  # raised where a folder holds something
                 folder.rmdir()
                 folder.parent.rmdir()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if isinstance(error, KeyboardInterrupt) or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         refuse(error)
     except RunStopped as error:

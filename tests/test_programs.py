@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: P
     assert done.stdout.count("Some sea\nThe ") == 3
     texts = done.stdout.split("--- temperature 1, sample ")[1:]
     assert len({text.split("---\n")[1] for text in texts}) == 3
+
+
+def test_ctrl_c_before_work_begins_leaves_nothing(tmp_path: Path) -> None:
+    code = """if True:
+        import train
+        from charlm import commandline, config
+        def train_interrupted(*_): raise KeyboardInterrupt
+        train.train = train_interrupted
+        config.register()
+        commandline.run(train.main, ("hydra.run.dir",))"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, b"")
+    assert not list(tmp_path.iterdir())
 
 
 def test_whoever_has_read_enough_of_the_texts_ends_the_program_quietly(run: Path, tmp_path: Path) -> None:
