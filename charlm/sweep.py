@@ -193,13 +193,13 @@ def _taken(folder: Path, grid: Grid) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
-    except OSError as error:
-        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.sweep.dir") from None
     except Timeout:
         raise InputError(
             f"another process sweeps in {folder} just now; wait for its end, or choose another folder with "
             "hydra.sweep.dir"
         ) from None
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.sweep.dir") from None
     _held.append(lock)
     record = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **asdict(grid)}
     write_whole(folder / "sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")

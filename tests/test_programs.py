@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -129,15 +128,17 @@ def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: P
 
 
 def test_ctrl_c_before_work_begins_leaves_nothing(tmp_path: Path) -> None:
-    code = """if True:
-        import train
-        from charlm import commandline, config
-        def train_interrupted(*_): raise KeyboardInterrupt
-        train.train = train_interrupted
-        config.register()
-        commandline.run(train.main, ("hydra.run.dir",))"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    root = Path(__file__).parent.parent
+    code = f"""if True:
+        import runpy, sys
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "lightning":  # the first import behind the making of the run's folder
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        sys.path.insert(0, {str(root)!r})
+        runpy.run_path({str(root / "train.py")!r}, run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, b"")
     assert not list(tmp_path.iterdir())
 
