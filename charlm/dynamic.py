@@ -35,7 +35,7 @@ EPSILON = 1e-3  # keeps the RMS rule from dividing by what hardly ever changes (
 def dynamic_loss(network: CharRNN, corpus: Corpus, config: EvaluationConfig, device: torch.device) -> float:
     """Return the loss on the test split of a copy of `network` that learns while it reads, in nats per character.
 
-    It reads each segment from begin to end, in one place at a time, so that a long text takes its time. With g the
+    It reads each segment from beginning to end, in one place at a time, so that a long text takes its time. With g the
     gradient of a piece, theta_0 the weights that training came to, eta and lambda the rate and decay of `config`, each
     piece is followed by
 
@@ -98,7 +98,8 @@ def _loss(network: CharRNN, tokens: Tensor, state: State | None) -> tuple[Tensor
 
 def _gradient_roots(network: CharRNN, block: Tensor, corpus: Corpus, window: int) -> list[Tensor]:
     """Return the root of the mean square gradient of each weight on batches of the training text."""
-    windows = Windows(corpus.segments["train"], window)
+    longest = max(stop - start for start, stop in corpus.segments["train"])
+    windows = Windows(corpus.segments["train"], window := min(window, longest - 1))
     batch_size = min(STATISTICS_BATCH, len(windows))
     weights = list(network.parameters())
     squares = [torch.zeros_like(weight) for weight in weights]

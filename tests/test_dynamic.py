@@ -73,6 +73,11 @@ def test_decay_holds_the_weights_back(corpus: Corpus, config: TrainConfig) -> No
     assert loss(0.0) < loss(0.3) < static_loss(network(corpus), corpus)
 
 
+def test_a_piece_may_be_longer_than_the_text(corpus: Corpus, config: TrainConfig) -> None:
+    longer = replace(config.evaluation, dynamic="rms", dynamic_learning_rate=1e-30, dynamic_window=10**9)
+    assert dynamic_loss(network(corpus), corpus, longer, CPU) == pytest.approx(static_loss(network(corpus), corpus))
+
+
 def test_a_character_is_scored_before_it_is_learnt_from(corpus: Corpus, config: TrainConfig) -> None:
     """What comes behind a piece changes nothing of its loss: with one piece in all, learning is too late."""
     ((start, stop),) = corpus.segments["test"]
