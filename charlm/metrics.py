@@ -19,8 +19,7 @@ def bootstrap_standard_error(
     """Return the standard error of a mean loss per character, by resampling blocks of text.
 
     Neighbouring characters are not independent, so that blocks (here windows) are drawn with replacement, not
-    characters (Künsch, "The jackknife and the bootstrap for general
-    stationary observations", 1989).
+    characters (Künsch, "The jackknife and the bootstrap for general stationary observations", 1989).
 
     Args:
         nats: the loss summed over each block, shape (blocks,).

@@ -15,7 +15,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, RunStopped, reason
 from charlm.files import LOCK, write_whole
 from charlm.sampled import Sampled
 from charlm.signals import Interrupted, requeue
@@ -45,7 +45,7 @@ class Run:
     Sampling settings change no weight: a run may go on with others, and a finished one writes with others.
 
     Raises:
-        InputError: the folder holds a run of another configuration.
+        InputError: the folder holds a run of another configuration, or what does not say of which.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -66,10 +66,7 @@ class Run:
     @property
     def told(self) -> dict[str, Any]:
         """The settings that the folder's run was told; those of this run where it is not begun."""
-        if not self._config_file.exists():
-            return self.config
-        told: dict[str, Any] = yaml.safe_load(self._config_file.read_text(encoding="utf-8"))
-        return told
+        return _read(self._config_file, yaml.safe_load) if self._config_file.exists() else self.config
 
     def _refuse_another(self) -> None:
         different = _differences(self.told, self.config)
@@ -86,10 +83,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """What the run came to, once it has ended."""
-        if not self._result_file.exists():
-            return {}
-        result: dict[str, Any] = json.loads(self._result_file.read_text(encoding="utf-8"))
-        return result
+        return _read(self._result_file, json.loads) if self._result_file.exists() else {}
 
     @property
     def begun(self) -> bool:
@@ -113,8 +107,15 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """How many optimizer steps the training took."""
-        return int(self.metrics.read_text(encoding="utf-8").splitlines()[-1].split(",", 1)[0])
+        """How many optimizer steps the training took.
+
+        Raises:
+            InputError: metrics.csv, which says it, is gone or damaged.
+        """
+        try:
+            return int(self.metrics.read_text(encoding="utf-8").splitlines()[-1].split(",", 1)[0])
+        except (OSError, ValueError, IndexError) as error:
+            raise _unreadable(self.metrics, error) from None
 
     def begin(self, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
         """Write what the run was told, and keep of its rows those that its checkpoint knows: the others come again.
@@ -238,6 +239,27 @@ _OF_NO_ACCOUNT = (
 
 def _on_first_rank() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the names and values in a file of a run's folder.
+
+    Raises:
+        InputError: it does not hold such.
+    """
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names and values")
+        return content
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{file} is damaged, or of no run of charlm's: {reason(error, 100)}; choose another folder with hydra.run.dir"
+    )
 
 
 @contextmanager

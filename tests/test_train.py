@@ -6,6 +6,8 @@ import csv
 import json
 import logging
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +112,19 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 ) -> None:
     with pytest.raises(InputError, match=r"model\.hidden_size: 16 there, 17 now"):
         train(composed(*tiny, "model.hidden_size=17"), run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", "a: ["), ("config.yaml", "- a"), ("result.json", "{"), ("result.json", "[]"), ("metrics.csv", "")],
+)
+def test_a_damaged_file_of_a_runs_folder_is_named(
+    name: str, content: str, run: Path, composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{folder / name} is damaged")):
+        train(composed(*tiny, "sampling.temperature=0.7"), folder)
 
 
 def test_a_finished_run_writes_at_other_settings_and_is_not_trained_again(
