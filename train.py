@@ -64,8 +64,8 @@ def train(config: TrainConfig, folder: Path) -> float:
             describe_result,
             device_name,
             epoch_steps,
-            refuse_hosts_without_a_launcher,
             refuse_ranks_in_a_shared_process,
+            refuse_ranks_that_cannot_start,
             step_budget,
         )
 
@@ -88,7 +88,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     signals = Signals()
     callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
-    refuse_hosts_without_a_launcher(trainer)
+    refuse_ranks_that_cannot_start(trainer)
     refuse_ranks_in_a_shared_process(trainer)
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)
@@ -184,5 +184,5 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     register()
-    files = ("data.path", "data.cache_dir", "hydra.run.dir")
+    files = ("data.path", "data.cache_dir", "hydra.run.dir", "hydra.sweep.dir")
     commandline.run(main, text_keys=(*files, "data.separator", "data.delimiter", "sampling.prompt"))

@@ -179,9 +179,8 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
         return argument
-    return (
-        f"{key}={_quoted(value, literal=key != 'hydra.run.dir')}"  # which Hydra's users make of ${now:%H-%M} and such
-    )
+    literal = not key.startswith("hydra.")  # folders, which Hydra's users make of ${now:%H-%M} and such
+    return f"{key}={_quoted(value, literal)}"
 
 
 def _quoted(text: str, literal: bool = True) -> str:

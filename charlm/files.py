@@ -13,6 +13,7 @@ from typing import Any
 from charlm.errors import RunStopped
 
 LOCK = ".lock"  # held by the process that works in a folder
+SWEEP_FILE = "sweep.json"  # what a sweep's folder holds, and no run's
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:

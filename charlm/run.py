@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
 from charlm.errors import InputError, RunStopped, reason
-from charlm.files import LOCK, write_whole
+from charlm.files import LOCK, SWEEP_FILE, write_whole
 from charlm.sampled import Sampled
 from charlm.signals import Interrupted, requeue
 
@@ -69,6 +69,8 @@ class Run:
         return _read(self._config_file, yaml.safe_load) if self._config_file.exists() else self.config
 
     def _refuse_another(self) -> None:
+        if (self.folder / SWEEP_FILE).exists():
+            raise InputError(f"{self.folder} is a sweep's folder; choose another with hydra.run.dir")
         different = _differences(self.told, self.config)
         elsewhere = any(line.startswith(("trainer.devices:", "trainer.num_nodes:")) for line in different)
         # Which is for each device: with another number of them another size may make the same steps.

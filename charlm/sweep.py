@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from charlm.commandline import refuse
 from charlm.config import TrainConfig
 from charlm.errors import InputError, RunStopped
-from charlm.files import LOCK, write_whole
+from charlm.files import LOCK, SWEEP_FILE, write_whole
 from charlm.launcher import PoolLauncher
 from charlm.monitor import ReportWriter
 from charlm.results import read_results
@@ -202,14 +202,14 @@ def _taken(folder: Path, grid: Grid) -> Path:
         raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.sweep.dir") from None
     _held.append(lock)
     record = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **asdict(grid)}
-    write_whole(folder / "sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / SWEEP_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if new:
         atexit.register(_discard_if_unused, folder, os.getpid())
     return folder
 
 
 def _discard_if_unused(folder: Path, process: int) -> None:
-    ours = {LOCK, "sweep.json", "multirun.yaml"}  # the last is Hydra's
+    ours = {LOCK, SWEEP_FILE, "multirun.yaml"}  # the last is Hydra's
     if os.getpid() == process and {path.name for path in folder.iterdir()} <= ours:
         for name in ours:
             (folder / name).unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def _discard_if_unused(folder: Path, process: int) -> None:
 
 
 def _newest_first(root: Path) -> Sequence[Path]:
-    return [file.parent for file in sorted(root.glob("*/sweep.json"), key=_age)]
+    return [file.parent for file in sorted(root.glob(f"*/{SWEEP_FILE}"), key=_age)]
 
 
 def _age(file: Path) -> float:
@@ -228,7 +228,7 @@ def _age(file: Path) -> float:
 
 def _grid_of(folder: Path) -> Grid | None:
     try:
-        record = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
         return Grid(record["settings"], record["sweeper"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

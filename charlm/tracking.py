@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.config import TrainConfig, WandbConfig
-from charlm.files import append_whole
+from charlm.files import SWEEP_FILE, append_whole
 from charlm.metrics import bits
 from charlm.results import read_results, table
 from charlm.run import Run
@@ -35,7 +35,6 @@ INIT_TIMEOUT = 15  # seconds to wait for the server at the start; then the run g
 FINISH_TIMEOUT = 60  # seconds to wait for it at the end; the data are on disk by then
 LONGEST_TAG = 64  # characters
 SWEEP = "sweep"  # the kind of run that sums a sweep up
-SWEEP_FILE = "sweep.json"  # what a sweep's folder holds
 WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where `wandb login` leaves credentials for, new and old
 
 

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from charlm.checkpoint import WholeCheckpoints
 from charlm.datamodule import CharDataModule
@@ -50,12 +51,16 @@ def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
         raise InputError(f"{' '.join(str(error).split())} (asked for: {given})") from None
 
 
-def refuse_hosts_without_a_launcher(trainer: L.Trainer) -> None:
-    """Refuse several hosts where nothing has started this process on each: it would wait for the others in vain.
+def refuse_ranks_that_cannot_start(trainer: L.Trainer) -> None:
+    """Refuse copies of this process, which has parts that none can have, and hosts on which nothing has started it.
 
     Raises:
-        InputError: it is so.
+        InputError: the trainer would copy it, or wait for other hosts in vain.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            "trainer.strategy copies the process that starts it (spawn, fork); choose trainer.strategy=ddp"
+        )
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise InputError(

@@ -57,6 +57,8 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["-m", "hydra.sweep.dir=short.txt", "seed=1,2"], "cannot write short.txt"),
         ("train.py", ["optimizer.betas=0.9"], "optimizer.betas is a list"),
         ("train.py", ["trainer.num_nodes=2"], "start train.py on each host"),
+        ("train.py", ["trainer=ddp", "trainer.strategy=ddp_spawn"], "choose trainer.strategy=ddp"),
+        ("train.py", ["hydra.run.dir=sweep"], "sweep is a sweep's folder"),
         ("sample.py", ["output=folder"], "output=folder cannot be written"),
         ("sample.py", ["device=meta"], "device=meta is not to be had"),
         ("sample.py", [], "no run in runs/ has completed"),
@@ -73,6 +75,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
     (tmp_path / "bytes.txt").write_bytes(b"text\n" * 120 + b"\xff")
     (tmp_path / "short.txt").write_text("0123456789" * 40)
     before = sorted(tmp_path.rglob("*"))

@@ -23,9 +23,10 @@ from lightning.pytorch.loggers import WandbLogger
 from charlm import dashboard, tracking
 from charlm.config import TrainConfig
 from charlm.dashboard import build_workspace
+from charlm.files import SWEEP_FILE
 from charlm.report import can_draw, write_report
 from charlm.text_metrics import METRICS
-from charlm.tracking import SWEEP_FILE, MetricsFile, record_sweep
+from charlm.tracking import MetricsFile, record_sweep
 from train import train
 
 ROOT = Path(__file__).parent.parent
