@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from charlm import decode_cpu, decode_exact, products
-from charlm.config import SampleConfig
 from charlm.draw import Drawer, draw, prepared
 from charlm.errors import InputError
-from charlm.generate import Sampler, sample_rows
+from charlm.generate import Sampler
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
 
@@ -282,23 +281,6 @@ def test_large_networks_are_rounded_where_that_is_known_to_be_faster(
     assert Sampler(made, Vocabulary(SYMBOLS)).arithmetic == expected
     assert Sampler(made, Vocabulary(SYMBOLS), weights="float32").arithmetic == "float32"
     assert decode_cpu.chosen(made.to("meta"), "auto") == "float32"  # not on a CPU
-
-
-@int8
-def test_texts_of_a_large_network_are_the_same_in_training_and_sampling(
-    monkeypatch: pytest.MonkeyPatch, composed_sample: Callable[..., SampleConfig]
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(decode_cpu, "LARGE", 1)
-    made, vocabulary = network(), Vocabulary(SYMBOLS)
-    sampling = composed_sample("length=40", "prompt=abc")
-    rows = sample_rows(made, vocabulary, sampling, [0.5, 1.0], seed=3, step=0)
-
-    def texts(weights: str) -> list[str]:
-        sampler = Sampler(made, vocabulary, weights=weights)
-        return sampler.texts([int(i) for i in vocabulary.encode("abc")], 40, [0.5, 1.0, 1.0], [(3, 0), (3, 0), (3, 1)])
-
-    assert [row["text"] for row in rows] == texts("auto")[:2] == texts("int8")[:2] != texts("float32")[:2]
 
 
 def test_8_bits_are_refused_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ import pytest
 import torch
 import yaml
 
+from charlm import decode_cpu, products
 from charlm.checkpoint import open_checkpoint
 from charlm.config import TrainConfig
 from charlm.errors import InputError
+from charlm.generate import Sampler
 from charlm.run import newest_completed
 from charlm.sampled import Sampled
 from charlm.text_metrics import METRICS
@@ -86,6 +88,32 @@ def test_samples_come_greedy_and_at_each_temperature_while_training_and_from_the
     assert {len(row["text"]) for row in found} == {30}
     assert ["entropy" in row for row in found] == [False] * 3 + [True] * 3  # only those of the best are measured
     assert all(0 <= row[name] <= 1 for row in found[3:] for name in ("loop_rate", "distinct_4grams", "copied"))
+
+
+@pytest.mark.skipif(not products.Int8.agrees(16, 64), reason="needs instructions for whole numbers of 8 bits")
+def test_a_large_network_draws_in_8_bits_while_training_what_it_draws_so_later_and_no_loss_differs(
+    run: Path,
+    composed: Composed,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(decode_cpu, "LARGE", 1)
+    caplog.set_level(logging.INFO)
+    train(composed(*tiny), tmp_path / "run")
+    assert "samples with weights=int8" in caplog.text
+    assert rows(tmp_path / "run") == rows(run)
+    found = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()][-3:]
+    model = open_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    temperatures = [row["temperature"] for row in found]
+
+    def texts(weights: str, samples: int) -> list[str]:
+        sampler = Sampler(model.network, model.vocabulary, weights=weights)
+        return sampler.texts([], 30, temperatures * samples, [(1, i // 3) for i in range(3 * samples)])[:3]
+
+    assert [row["text"] for row in found] == texts("auto", 1) == texts("int8", 20) != texts("float32", 1)
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
