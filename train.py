@@ -64,6 +64,7 @@ def train(config: TrainConfig, folder: Path) -> float:
             describe_result,
             device_name,
             epoch_steps,
+            refuse_limits_without_a_batch,
             refuse_ranks_in_a_shared_process,
             refuse_ranks_that_cannot_start,
             step_budget,
@@ -89,6 +90,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     callbacks = build_callbacks(config, run, signals, progress_bar=arguments["enable_progress_bar"])
     trainer = build_trainer(arguments, callbacks=callbacks.all, default_root_dir=folder)
     refuse_ranks_that_cannot_start(trainer)
+    refuse_limits_without_a_batch(trainer, data)
     refuse_ranks_in_a_shared_process(trainer)
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)

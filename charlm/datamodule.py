@@ -80,6 +80,10 @@ class CharDataModule(L.LightningDataModule):
             )
         return steps
 
+    def evaluation_steps(self, split: str) -> int:
+        """Return in how many batches a split is evaluated, on however many ranks."""
+        return len(self._evaluation_batches(split, 0, 1)) if self.corpus.segments[split] else 0
+
     def resident_block(self) -> torch.Tensor:
         """Return the text's ids, shape (characters,), on the device `resident_on`."""
         return self._block.to(self.resident_on)
@@ -93,10 +97,10 @@ class CharDataModule(L.LightningDataModule):
         lanes = stream_lanes(self.corpus.segments["train"], batch_size * world_size, window)
         return LaneBatches(self._block, lanes, len(lanes), window, rank, world_size, on, pinned)
 
-    def _evaluation_batches(self, split: str) -> Batches:
+    def _evaluation_batches(self, split: str, rank: int, world_size: int) -> Batches:
         lanes, window = self.config.eval_lanes or number_of_lanes(self.corpus.characters(split)), self.config.window
         segments = evaluation_lanes(self.corpus.segments[split], lanes)
-        return LaneBatches(self._block, segments, lanes, window, *self._place(), pinned=self._pinned)
+        return LaneBatches(self._block, segments, lanes, window, rank, world_size, pinned=self._pinned)
 
     @property
     def _pinned(self) -> bool:
@@ -112,8 +116,8 @@ class CharDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Batches:
         """Return this rank's share of the validation split."""
-        return self._evaluation_batches("val")
+        return self._evaluation_batches("val", *self._place())
 
     def test_dataloader(self) -> Batches:
         """Return this rank's share of the test split."""
-        return self._evaluation_batches("test")
+        return self._evaluation_batches("test", *self._place())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -211,7 +212,8 @@ class Run:
             "command": command(self.folder),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
         }
-        content = json.dumps(result, indent=2) + "\n"
+        finite = {name: None if _is_no_number(value) else value for name, value in result.items()}  # JSON has no NaN
+        content = json.dumps(finite, indent=2) + "\n"
         if status == "completed":
             write_whole(self._result_file, content)
         else:
@@ -237,6 +239,10 @@ _OF_NO_ACCOUNT = (
     *(f"trainer.{name}:" for name in ("accelerator", "devices", "num_nodes", "strategy", "capture")),
     *("trainer.enable_progress_bar:", "data.cache_dir:", "logger.", "sampling."),
 )
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _on_first_rank() -> bool:

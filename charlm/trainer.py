@@ -33,6 +33,10 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler was asked for
 # Lightning 2.6 asks torch 2.13 a question in a way that torch is about to retire.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+# Ours goes on counting over the end of an epoch.
+warnings.filterwarnings(
+    "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging interval"
+)
 
 
 def build_trainer(arguments: dict[str, Any], **ours: Any) -> L.Trainer:
@@ -67,6 +71,21 @@ def refuse_ranks_that_cannot_start(trainer: L.Trainer) -> None:
             f"trainer.num_nodes={trainer.num_nodes}: Lightning starts processes on this host alone; start train.py on "
             "each host with torchrun or srun; see README, Several devices and hosts"
         )
+
+
+def refuse_limits_without_a_batch(trainer: L.Trainer, data: CharDataModule) -> None:
+    """Refuse shares of validation or test that are not even one batch.
+
+    Raises:
+        InputError: there is one.
+    """
+    for split in ("val", "test"):
+        limit, batches = getattr(trainer, f"limit_{split}_batches"), data.evaluation_steps(split)
+        if isinstance(limit, float) and limit > 0 and batches and batches * limit < 1:
+            raise InputError(
+                f"trainer.limit_{split}_batches={limit} of {batches} batches is less than one; make it at least "
+                f"{1 / batches:.2g}, or a whole number"
+            )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -58,6 +58,7 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["optimizer.betas=0.9"], "optimizer.betas is a list"),
         ("train.py", ["trainer.num_nodes=2"], "start train.py on each host"),
         ("train.py", ["trainer=ddp", "trainer.strategy=ddp_spawn"], "choose trainer.strategy=ddp"),
+        ("train.py", ["trainer.limit_val_batches=1e-4"], "limit_val_batches=0.0001 of 30 batches is less than one"),
         ("train.py", ["hydra.run.dir=sweep"], "sweep is a sweep's folder"),
         ("sample.py", ["output=folder"], "output=folder cannot be written"),
         ("sample.py", ["device=meta"], "device=meta is not to be had"),

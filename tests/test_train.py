@@ -25,7 +25,7 @@ from charlm.checkpoint import open_checkpoint
 from charlm.config import TrainConfig
 from charlm.errors import InputError
 from charlm.generate import Sampler
-from charlm.run import newest_completed
+from charlm.run import Run, newest_completed
 from charlm.sampled import Sampled
 from charlm.text_metrics import METRICS
 from charlm.tracking import wandb_mode
@@ -212,6 +212,12 @@ def test_a_second_process_waits_for_the_one_that_trains_in_a_folder(
     assert [done.returncode for done in ended] == [0, 0]
     assert sum("is complete" in done.stdout for done in ended) == 1
     assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
+
+
+def test_a_result_is_json_whatever_its_figures(tmp_path: Path) -> None:
+    Run(tmp_path, {}).complete({"val/loss": 1.5, "test/loss_dynamic": math.nan, "test/bpc_dynamic": math.inf})
+    found = result(tmp_path)
+    assert (found["val/loss"], found["test/loss_dynamic"], found["test/bpc_dynamic"]) == (1.5, None, None)
 
 
 def test_the_newest_completed_run_is_found(run: Path) -> None:
