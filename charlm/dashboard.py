@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from typing import Any
 
-from charlm.errors import InputError
+from charlm.errors import InputError, LibraryErrors
 
 INSTALL = "pip install -c constraints.txt -e '.[dashboard]'"
 TEMPERATURES = ("0", "0.3", "0.8", "1", "1.3", "1.8")  # those of conf/train.yaml, and greedy
@@ -133,7 +133,8 @@ def main() -> None:
             raise InputError(f"wandb-workspaces is not installed: `{INSTALL}`")
         if not find_credentials():
             raise InputError("there are no credentials for W&B; `wandb login` once")
-        print(build_workspace(arguments.entity, arguments.project, arguments.sweep).save().url)
+        with LibraryErrors("W&B does not save the workspace", "see to the connection, --entity and --project"):
+            print(build_workspace(arguments.entity, arguments.project, arguments.sweep).save().url)
     except InputError as error:
         print(f"charlm.dashboard: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -341,6 +341,21 @@ def test_without_credentials_no_workspace_is_saved_and_a_line_says_why(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@workspaces
+def test_a_workspace_that_cannot_be_saved_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(dashboard, "build_workspace", unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--entity", "someone"])
+    with pytest.raises(SystemExit, match="2"):
+        dashboard.main()
+    assert "does not save the workspace: no route to host" in capsys.readouterr().err
+
+
 def sweep_folder(parent: Path) -> Path:
     """Return a folder that is a sweep's."""
     folder = parent / "a-sweep"
