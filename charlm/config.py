@@ -248,7 +248,7 @@ class ModelConfig:
 
 @dataclass
 class RegularizationConfig:
-    """What keeps a small text from being learnt by heart: see charlm/regularization.py."""
+    """What keeps a network from learning a small text by heart: see charlm/regularization.py."""
 
     input_dropout: float = MISSING
     hidden_dropout: float = MISSING

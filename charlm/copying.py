@@ -92,7 +92,7 @@ class _Text:
         self.inverses = np.cumprod(np.r_[np.uint64(1), powers])
 
     def chunks(self) -> Iterator[_Chunk]:
-        """Yield all that is in the segments, adjacent ones together, each chunk with the begin of the next."""
+        """Yield all that is in the segments, adjacent ones together, each chunk with the beginning of the next."""
         starts = np.setdiff1d(self._starts, self._stops).tolist()
         stops = np.setdiff1d(self._stops, self._starts).tolist()
         for start, stop in zip(starts, stops, strict=True):
@@ -105,7 +105,7 @@ class _Text:
         return self._stops[np.searchsorted(self._starts, places, side="right") - 1]
 
     def common(self, ids: Ids, place: int) -> int:
-        """Return how many ids are the same from the begin of `ids` and from a place on."""
+        """Return how many ids are the same from the beginning of `ids` and from a place on."""
         there = self.block[place : min(place + len(ids), int(self.ends(np.array(place))))]
         different = np.flatnonzero(ids[: len(there)] != there)
         return int(different[0]) if len(different) else len(there)

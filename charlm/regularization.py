@@ -1,4 +1,4 @@
-"""What keeps a small text from being learnt by heart. Every part is off at 0, and acts in training alone.
+"""What keeps a network from learning a small text by heart. Every part is off at 0, and acts in training alone.
 
     ids -> input -> [ layer -> hidden dropout -> layer -> ... ] -> output dropout -> linear
            |          |

@@ -1,4 +1,4 @@
-"""A run from begin to end: its folder, its checkpoint, its going on, its trackers."""
+"""A run from beginning to end: its folder, its checkpoint, its going on, its trackers."""
 
 from __future__ import annotations
 
