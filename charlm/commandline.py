@@ -6,6 +6,7 @@ import atexit
 import difflib
 import errno
 import gc
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from charlm.pool import follow_pool
 BAD_INPUT, STOPPED = 2, 1  # exit codes
 # Groups of which nothing is chosen by default. Hydra has them in its list and refuses the +, out of habit given before.
 _OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
+_GROUPS = ("data", "model", "optimizer", "trainer", "logger")  # of which there is always one choice
 _PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/launcher/submitit_local": "slurm",
@@ -51,6 +53,8 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     # The first to be registered is the last to be called: behind it Python would look through half a million objects
     # for cycles, with a second or two between a program's end and that of its process.
     atexit.register(gc.freeze)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of few characters costs these, not the text
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a full disk costs the log file, not a traceback for each line of it
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # have Hydra raise its errors, for us to put them in one line
     multirun = "-m" in sys.argv or "--multirun" in sys.argv
@@ -133,16 +137,19 @@ def command(folder: Path) -> list[str]:
 
 
 def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
-    """Refuse what Hydra would take and do nothing with, or not what is meant.
+    """Refuse what Hydra would take and do nothing with, or not what is meant, or has no words for.
 
     Raises:
-        InputError: a sweep without `-m`, or a run's folder without a name, which would be the current folder.
+        InputError: a sweep without `-m`, a run's folder without a name, which would be the current folder, or a group
+            of which nothing is chosen.
     """
     sweeping = multirun or "hydra.mode=MULTIRUN" in arguments
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "sweep" and value not in ("", "null") and not sweeping:
             raise InputError(f"{argument} is a sweep, which takes -m: python train.py -m {argument}")
+        if key in _GROUPS and value == "null":
+            raise InputError(f"{argument} names none of conf/{key}/; choose one, as --help lists them")
         if key in ("hydra.run.dir", "hydra.sweep.dir") and value in ("", "''", '""'):
             raise InputError(f"{argument} names no folder; leave it out, or name one, as in {key}=runs/NAME")
 

@@ -258,6 +258,8 @@ def _files(patterns: str | list[str]) -> list[Path]:
             files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
             if not files:
                 kind = "matches no file" if glob.has_magic(str(path)) else "does not exist"
+                if path.exists():  # such as a pipe, which could not be read again
+                    kind = "is neither a file nor a folder"
                 raise InputError(f"data.path={pattern} {kind} (looked from {Path.cwd()})")
         found.update(dict.fromkeys(files))
     return list(found)

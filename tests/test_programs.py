@@ -59,6 +59,8 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["trainer.num_nodes=2"], "start train.py on each host"),
         ("train.py", ["trainer=ddp", "trainer.strategy=ddp_spawn"], "choose trainer.strategy=ddp"),
         ("train.py", ["trainer.limit_val_batches=1e-4"], "limit_val_batches=0.0001 of 30 batches is less than one"),
+        ("train.py", ["logger=null"], "logger=null names none of conf/logger/"),
+        ("train.py", ["data=text", "data.path=/dev/null"], "is neither a file nor a folder"),
         ("train.py", ["hydra.run.dir=sweep"], "sweep is a sweep's folder"),
         ("sample.py", ["output=folder"], "output=folder cannot be written"),
         ("sample.py", ["device=meta"], "device=meta is not to be had"),
@@ -112,6 +114,13 @@ def test_texts_stand_under_their_temperatures_and_in_a_file(run: Path, program: 
     assert first.stderr.endswith("drawn on cpu, weights=float32\n")
     assert rows[0]["weights"] == "float32"
     assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
+
+
+def test_a_terminal_of_few_characters_shows_the_others_escaped(run: Path, program: Program) -> None:
+    given = (f"checkpoint={run}", "prompt=seé", "length=5", "temperature=0", "on_unknown=replace")
+    done = program("sample.py", *given, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "se\\xe9" in done.stdout
 
 
 def test_a_sweep_of_samples_leaves_the_texts_of_all_in_one_file(run: Path, program: Program, tmp_path: Path) -> None:
