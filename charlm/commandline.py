@@ -30,6 +30,7 @@ from charlm.pool import follow_pool
 BAD_INPUT, STOPPED = 2, 1  # exit codes
 # Groups of which nothing is chosen by default. Hydra has them in its list and refuses the +, out of habit given before.
 _OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
+_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "output", "prompt_file", "runs")  # ~ is expanded where others are read
 _GROUPS = ("data", "model", "optimizer", "trainer", "logger")  # of which there is always one choice
 _PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
     "hydra/launcher/submitit_slurm": "slurm",
@@ -186,6 +187,8 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
         return argument
+    if key in _PATHS:
+        value = os.path.expanduser(value)  # a shell leaves the ~ of name=~/folder to the program
     literal = not key.startswith("hydra.")  # folders, which Hydra's users make of ${now:%H-%M} and such
     return f"{key}={_quoted(value, literal)}"
 

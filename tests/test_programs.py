@@ -186,7 +186,7 @@ def test_help_answers_with_the_choices(program: Program) -> None:
 
 
 def test_a_log_file_has_no_progress_bar(tiny: list[str], program: Program, tmp_path: Path) -> None:
-    done = program("train.py", *tiny, "hydra.run.dir=runs/${model.cell} of ${now:%Y}")
+    done = program("train.py", *tiny, "hydra.run.dir=~/runs/${model.cell} of ${now:%Y}", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "it/s" not in done.stdout + done.stderr
     assert "step     20 of 20" in done.stdout
