@@ -169,10 +169,9 @@ class Sampler:
                 ended |= ids == end_id
                 if ended.all():
                     break
-        symbol = self.vocabulary.symbols.__getitem__
-        texts = (np.stack(rows, axis=1) if rows else np.empty((len(temperatures), 0), dtype=np.int64)).tolist()
-        ends = [ids.index(end_id) if end_id is not None and end_id in ids else len(ids) for ids in texts]
-        return ["".join(map(symbol, ids[:end])) for ids, end in zip(texts, ends, strict=True)]
+        texts = np.stack(rows, axis=1) if rows else np.empty((len(temperatures), 0), dtype=np.int64)
+        ends = [np.flatnonzero(ids == end_id)[:1].tolist() or [len(ids)] for ids in texts]
+        return [self.vocabulary.decode(ids[:end]) for ids, (end,) in zip(texts, ends, strict=True)]
 
     def _ids(
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]

@@ -46,7 +46,7 @@ class CharRNN(nn.Module):
         embedding_size: I; 0 is one-hot input, I = V; None is one-hot up to 256 symbols, else an embedding of 128.
         tied: the output shares the embedding's matrix, I = H (Press and Wolf, "Using the output embedding", 2017).
         uniform_init: all weights begin uniform in plus or minus this, as char-rnn's with 0.08; None: as torch has it,
-            with a wider one-hot input.
+            but wider for one-hot input and between an LSTM's layers.
         regularization: the arguments of `Regularizer`; none by default.
 
     Raises:
@@ -92,6 +92,7 @@ class CharRNN(nn.Module):
             self.output.weight = self.embedding.weight
         if uniform_init is None:
             self._widen_one_hot()
+            self._widen_upper_layers()
         else:
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -uniform_init, uniform_init)
@@ -103,6 +104,14 @@ class CharRNN(nn.Module):
             # its spread is that of the sum. LSTM 192, batch 64, 250 steps on python_docs: val 1.34 nats with 2, 1.46
             # with 1.
             nn.init.normal_(self.rnn.weight_ih_l0, std=2.0)
+
+    def _widen_upper_layers(self) -> None:
+        if isinstance(self.rnn, nn.LSTM):
+            # What an LSTM begins by putting out is small, a half-open gate times a half-full cell, and torch's
+            # +-1/sqrt(H) makes little more than nothing of it in the next layer. LSTM 128x3, batch 32, 400 steps on
+            # python_docs: val 1.45 nats with 3, 1.64 with torch's; 128x2: 1.43 and 1.45. GRUs gain nothing.
+            for layer in range(1, self.rnn.num_layers):
+                nn.init.normal_(getattr(self.rnn, f"weight_ih_l{layer}"), std=3.0 * self.rnn.hidden_size**-0.5)
 
     def _open_forget_gates(self) -> None:
         hidden_size = self.rnn.hidden_size

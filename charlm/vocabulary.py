@@ -93,6 +93,9 @@ class Vocabulary:
             if symbol != END and len(symbol) != 1:
                 raise InputError(f"{symbol!r} is neither one character nor {UNKNOWN} or {END}")
             self._ids[END_CODE if symbol == END else ord(symbol)] = i
+        # By id, what text is made of: UTF-32 of a character, and whether it is none.
+        self._utf32 = np.array([ord(symbol[0]) for symbol in self.symbols], dtype="<u4")
+        self._is_special = np.array([len(symbol) > 1 for symbol in self.symbols])
 
     @classmethod
     def of(cls, codes: Iterable[npt.NDArray[np.integer]]) -> Vocabulary:
@@ -118,6 +121,14 @@ class Vocabulary:
         """Return the characters of `text` that are not in the vocabulary, each once, in order."""
         return sorted({text[i] for i in np.flatnonzero(self.encode(text) == self.unknown_id)})
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; special symbols appear by their names."""
-        return "".join(self.symbols[i] for i in ids)
+    def decode(self, ids: npt.NDArray[np.integer]) -> str:
+        """Return the text of `ids`, shape (T,); special symbols appear by their names."""
+        pieces, begin = [], 0
+        for place in np.flatnonzero(self._is_special[ids]).tolist():
+            pieces += [self._characters(ids[begin:place]), self.symbols[ids[place]]]
+            begin = place + 1
+        return "".join([*pieces, self._characters(ids[begin:])])
+
+    def _characters(self, ids: npt.NDArray[np.integer]) -> str:
+        text: str = self._utf32[ids].tobytes().decode("utf-32-le", "surrogatepass")
+        return text

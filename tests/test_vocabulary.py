@@ -24,6 +24,11 @@ def test_decode_undoes_encode(text: str) -> None:
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
+def test_special_symbols_appear_by_their_names() -> None:
+    vocabulary = Vocabulary([UNKNOWN, "a", END, "b"])
+    assert vocabulary.decode(np.array([2, 1, 0, 0, 3, 2])) == f"{END}a{UNKNOWN}{UNKNOWN}b{END}"
+
+
 def test_ids_follow_the_code_points_behind_unknown() -> None:
     assert vocabulary_of("cabbage").symbols == [UNKNOWN, "a", "b", "c", "e", "g"]
 
