@@ -27,6 +27,11 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 LARGEST_ONE_HOT = 256
 DEFAULT_EMBEDDING = 128
 
+# Up to this size an LSTM's upper layers begin with wider weights than torch's. In larger ones each step of the
+# optimizer moves the sum of more inputs, and wide weights do harm: after 800 steps of 128 windows two layers of 632
+# units come to 0.01 to 0.02 nats more with them, of 312 units to 0.01 to 0.02 less (RESULTS.md).
+LARGEST_WIDENED = 384
+
 # What a hidden size that is chosen by the number of parameters is a multiple of, and from which size on.
 _MULTIPLE = 8
 _MULTIPLES_FROM = 128
@@ -46,7 +51,7 @@ class CharRNN(nn.Module):
         embedding_size: I; 0 is one-hot input, I = V; None is one-hot up to 256 symbols, else an embedding of 128.
         tied: the output shares the embedding's matrix, I = H (Press and Wolf, "Using the output embedding", 2017).
         uniform_init: all weights begin uniform in plus or minus this, as char-rnn's with 0.08; None: as torch has it,
-            but wider for one-hot input and between an LSTM's layers.
+            but wider for one-hot input and between a small LSTM's layers.
         regularization: the arguments of `Regularizer`; none by default.
 
     Raises:
@@ -106,12 +111,13 @@ class CharRNN(nn.Module):
             nn.init.normal_(self.rnn.weight_ih_l0, std=2.0)
 
     def _widen_upper_layers(self) -> None:
-        if isinstance(self.rnn, nn.LSTM):
+        hidden_size = self.rnn.hidden_size
+        if isinstance(self.rnn, nn.LSTM) and hidden_size <= LARGEST_WIDENED:
             # What an LSTM begins by putting out is small, a half-open gate times a half-full cell, and torch's
             # +-1/sqrt(H) makes little more than nothing of it in the next layer. LSTM 128x3, batch 32, 400 steps on
             # python_docs: val 1.45 nats with 3, 1.64 with torch's; 128x2: 1.43 and 1.45. GRUs gain nothing.
             for layer in range(1, self.rnn.num_layers):
-                nn.init.normal_(getattr(self.rnn, f"weight_ih_l{layer}"), std=3.0 * self.rnn.hidden_size**-0.5)
+                nn.init.normal_(getattr(self.rnn, f"weight_ih_l{layer}"), std=3.0 * hidden_size**-0.5)
 
     def _open_forget_gates(self) -> None:
         hidden_size = self.rnn.hidden_size

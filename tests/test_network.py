@@ -78,14 +78,18 @@ def test_forget_gates_begin_open() -> None:
         assert bias[4:8].tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize(("cell", "spread"), [("lstm", 3.0), ("gru", 3**-0.5), ("rnn", 3**-0.5)])
-def test_an_lstm_begins_with_layers_that_hear_of_each_other(cell: str, spread: float) -> None:
+@pytest.mark.parametrize(
+    ("cell", "size", "spread"),
+    [("lstm", 100, 3.0), ("lstm", 500, 3**-0.5), ("gru", 100, 3**-0.5), ("rnn", 100, 3**-0.5)],
+)
+def test_a_small_lstm_begins_with_layers_that_hear_of_each_other(cell: str, size: int, spread: float) -> None:
     """In units of 1/sqrt(H); torch's own, uniform in +-1 of them, has a spread of 0.58."""
-    network = CharRNN(10, cell, 100, num_layers=3)
+    network = CharRNN(10, cell, size, num_layers=3)
     for layer in (1, 2):
-        weight = getattr(network.rnn, f"weight_ih_l{layer}")
-        assert float(weight.detach().std()) * 10 == pytest.approx(spread, rel=0.05)
-    assert float(CharRNN(10, cell, 100, num_layers=3, uniform_init=0.08).rnn.weight_ih_l1.detach().abs().max()) <= 0.08
+        weight = getattr(network.rnn, f"weight_ih_l{layer}").detach()
+        assert float(weight.std()) * size**0.5 == pytest.approx(spread, rel=0.05)
+    uniform = CharRNN(10, cell, size, num_layers=3, uniform_init=0.08)
+    assert float(uniform.rnn.weight_ih_l1.detach().abs().max()) <= 0.08
 
 
 def test_dropout_acts_in_training_alone() -> None:
