@@ -167,7 +167,7 @@ def write_again(config: TrainConfig, run: Run) -> float:
     loss = float(run.result["val/loss"])
     log.info(f"{run.folder} is complete, val {loss:.4f} nats; to train anew, choose another folder")
     sampling = asdict(config.sampling)
-    if drawn_with(sampling) != drawn_with(run.told["sampling"]) and not run.sampled.holds(sampling):
+    if drawn_with(sampling) != run.sampled.own() and not run.sampled.holds(sampling):
         run.sampled.ask([sampling, *run.sampled.asked()])
     if any(run.sampled.asked()):
         model = open_checkpoint(run.best_checkpoint)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,6 +33,7 @@ BAD_INPUT, STOPPED = 2, 1  # exit codes
 _OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
 _PATHS = ("hydra.run.dir", "hydra.sweep.dir", "output", "prompt_file", "runs")  # ~ is expanded where others are read
 _GROUPS = ("data", "model", "optimizer", "trainer", "logger")  # of which there is always one choice
+_COMMANDS = ("-m", "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")  # Hydra does one of them
 _PLUGINS = {  # what Hydra's plugins bring, and the extra that installs each
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/launcher/submitit_local": "slurm",
@@ -75,9 +77,21 @@ def run(main: Callable[[], object], text_keys: Sequence[str]) -> None:
     except KeyboardInterrupt:  # before or behind the training, which has its own way with signals
         raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
-        if error.errno not in _UNWRITABLE or error.filename is None:
+        if error.filename is None or not (error.errno in _UNWRITABLE or _made_nowhere(error)):
             raise
         refuse(InputError(f"cannot write {error.filename}: {error.strerror}; choose another folder"))
+
+
+def _made_nowhere(error: OSError) -> bool:
+    """Whether what is missing is so since its folder takes nothing new, which /proc reports in these words."""
+    folder = Path(error.filename).parent
+    if error.errno != errno.ENOENT or not folder.is_dir():
+        return False
+    try:
+        with TemporaryFile(dir=folder):
+            return False
+    except OSError:
+        return True
 
 
 @contextmanager
@@ -141,9 +155,15 @@ def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
     """Refuse what Hydra would take and do nothing with, or not what is meant, or has no words for.
 
     Raises:
-        InputError: a sweep without `-m`, a run's folder without a name, which would be the current folder, or a group
-            of which nothing is chosen.
+        InputError: a sweep without `-m`, a run's folder without a name, which would be the current folder, a change
+            into it, a group of which nothing is chosen, or flags of Hydra's that do not go together.
     """
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    commands = [flag for flag in flags if flag in _COMMANDS]
+    if len(commands) > 1:
+        raise InputError(f"{' and '.join(commands)} do not go together; give one of them")
+    if "--resolve" in flags and not {"--cfg", "-c", "--help", "-h"}.intersection(flags):
+        raise InputError("--resolve goes with --cfg, as in --cfg job --resolve")
     sweeping = multirun or "hydra.mode=MULTIRUN" in arguments
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -151,6 +171,10 @@ def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
             raise InputError(f"{argument} is a sweep, which takes -m: python train.py -m {argument}")
         if key in _GROUPS and value == "null":
             raise InputError(f"{argument} names none of conf/{key}/; choose one, as --help lists them")
+        if key.lstrip("+") == "hydra.job.chdir" and value.lower() not in ("", "false", "null"):
+            raise InputError(
+                f"{argument} would look for relative paths in the run's folder; leave it out: what a run keeps is there"
+            )
         if key in ("hydra.run.dir", "hydra.sweep.dir") and value in ("", "''", '""'):
             raise InputError(f"{argument} names no folder; leave it out, or name one, as in {key}=runs/NAME")
 

@@ -1,16 +1,18 @@
-"""Files that are whole or not there, lines added whole, and lines of JSON."""
+"""Files that are whole or not there, lines added whole, names and values, and lines of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from charlm.errors import RunStopped
+import yaml
+
+from charlm.errors import InputError, RunStopped, reason
 
 LOCK = ".lock"  # held by the process that works in a folder
 SWEEP_FILE = "sweep.json"  # what a sweep's folder holds, and no run's
@@ -86,6 +88,33 @@ def no_empty_folder_left(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # raised where it holds something, or was not made
                 path.rmdir()
         raise
+
+
+def read_names(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the names and values in a file of a run's folder.
+
+    Args:
+        path: the file.
+        parse: what its text is read by: `json.loads` or `yaml.safe_load`.
+
+    Raises:
+        InputError: it does not hold such.
+    """
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names and values")
+        return content
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    """Return what to raise for a file of a run's folder that does not hold what it should."""
+    return InputError(
+        f"{path} is damaged, or of no run of charlm's: {reason(error, 100)}; move the run's folder away, or choose "
+        "another with hydra.run.dir (of a sweep: hydra.sweep.dir)"
+    )
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

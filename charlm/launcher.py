@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
@@ -92,10 +91,10 @@ class Training:
     def result(self) -> dict[str, Any]:
         """What the run came to, once it has ended."""
         try:
-            result: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return result
+        return result if isinstance(result, dict) else {}
 
     @property
     def done(self) -> bool:
@@ -103,13 +102,16 @@ class Training:
         return self.result.get("status") == "completed" and not self.to_write()
 
     def to_write(self) -> list[dict[str, Any]]:
-        """Return the sampling settings that it has not written at, but for those that it is told itself."""
-        own = asdict(self.config.sampling)
-        if self.result.get("status") == "completed":
-            own = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))["sampling"]
+        """Return the sampling settings that it has not written at, but for those that it is told itself.
+
+        Raises:
+            InputError: the folder of a finished training no longer says them.
+        """
         sampled = Sampled(self.folder)
+        completed = self.result.get("status") == "completed"
+        own = sampled.own() if completed else drawn_with(asdict(self.config.sampling))
         asked = {str(drawn_with(given)): given for given in (asdict(job.config.sampling) for job in self.jobs)}
-        return [given for key, given in asked.items() if key != str(drawn_with(own)) and not sampled.holds(given)]
+        return [given for key, given in asked.items() if key != str(own) and not sampled.holds(given)]
 
     def schedule(self, command: Sequence[str], gpus: int) -> Task:
         """Return its task, for a machine with so many GPUs."""
@@ -223,7 +225,7 @@ class PoolLauncher(Launcher):
             Of each job its training's lowest validation loss, or why it failed.
 
         Raises:
-            InputError: no job can work.
+            InputError: no job can work, or a file of a finished training is damaged.
             Interrupted: by a signal.
         """
         setup_globals()

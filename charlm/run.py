@@ -16,7 +16,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
-from charlm.errors import InputError, RunStopped, reason
-from charlm.files import LOCK, SWEEP_FILE, write_whole
+from charlm.errors import InputError, RunStopped
+from charlm.files import LOCK, SWEEP_FILE, read_names, unreadable, write_whole
 from charlm.sampled import Sampled
 from charlm.signals import Interrupted, requeue
 
@@ -67,7 +67,7 @@ class Run:
     @property
     def told(self) -> dict[str, Any]:
         """The settings that the folder's run was told; those of this run where it is not begun."""
-        return _read(self._config_file, yaml.safe_load) if self._config_file.exists() else self.config
+        return read_names(self._config_file, yaml.safe_load) if self._config_file.exists() else self.config
 
     def _refuse_another(self) -> None:
         if (self.folder / SWEEP_FILE).exists():
@@ -86,7 +86,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """What the run came to, once it has ended."""
-        return _read(self._result_file, json.loads) if self._result_file.exists() else {}
+        return read_names(self._result_file, json.loads) if self._result_file.exists() else {}
 
     @property
     def begun(self) -> bool:
@@ -118,7 +118,7 @@ class Run:
         try:
             return int(self.metrics.read_text(encoding="utf-8").splitlines()[-1].split(",", 1)[0])
         except (OSError, ValueError, IndexError) as error:
-            raise _unreadable(self.metrics, error) from None
+            raise unreadable(self.metrics, error) from None
 
     def begin(self, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
         """Write what the run was told, and keep of its rows those that its checkpoint knows: the others come again.
@@ -247,27 +247,6 @@ def _is_no_number(value: Any) -> bool:
 
 def _on_first_rank() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
-
-
-def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the names and values in a file of a run's folder.
-
-    Raises:
-        InputError: it does not hold such.
-    """
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no names and values")
-        return content
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{file} is damaged, or of no run of charlm's: {reason(error, 100)}; choose another folder with hydra.run.dir"
-    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from charlm.config import SamplingConfig
-from charlm.files import json_lines, write_whole
+from charlm.files import json_lines, read_names, unreadable, write_whole
 
 if TYPE_CHECKING:  # a sweep asks without waiting for torch
     from charlm.network import CharRNN
@@ -46,6 +46,19 @@ class Sampled:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "sampled"
+        self._told = folder / "config.yaml"
+
+    def own(self) -> dict[str, Any]:
+        """Return what the training itself wrote with, in the form of `drawn_with`.
+
+        Raises:
+            InputError: config.yaml, which says it, is gone or damaged.
+        """
+        told = read_names(self._told, yaml.safe_load)
+        try:
+            return drawn_with(told["sampling"])
+        except (LookupError, TypeError, ValueError):
+            raise unreadable(self._told, ValueError("it does not say how the samples are drawn")) from None
 
     def rows_file(self, sampling: Mapping[str, Any]) -> Path:
         """Return where the texts of these settings are kept: by temperature, and by what all settings are."""
@@ -69,10 +82,14 @@ class Sampled:
             write_whole(self.rows_file(sampling).with_suffix(".yaml"), text)
 
     def asked(self) -> Iterator[dict[str, Any]]:
-        """Yield the settings whose texts are asked for and not yet there."""
+        """Yield the settings whose texts are asked for and not yet there.
+
+        Raises:
+            InputError: a file that says them is damaged.
+        """
         for file in sorted(self._folder.glob("*.yaml")):
             if not file.with_suffix(".jsonl").exists():
-                yield yaml.safe_load(file.read_text(encoding="utf-8"))
+                yield read_names(file, yaml.safe_load)
 
     def write(
         self, network: CharRNN, vocabulary: Vocabulary, seed: int, step: int, training_text: TrainingText | None

@@ -78,6 +78,22 @@ def test_a_sweep_trains_each_cell_and_size_once_writes_at_each_temperature_and_g
     assert {name: result for name, result in results(folder).items() if name in first} == first
 
 
+def test_a_damaged_file_of_a_finished_training_is_named(short: list[str], program: Program, tmp_path: Path) -> None:
+    given = ("-m", *short, "model.hidden_size=8", "hydra.sweep.dir=s")
+    assert program("train.py", *given).returncode == 0
+    (file,) = (tmp_path / "s").glob("*/config.yaml")
+    whole = file.read_text()
+    for content in ("a: [", "[]", whole.replace("sampling:", "samplin:"), whole.replace("  temperature:", "  warmth:")):
+        file.write_text(content)
+        done = program("train.py", *given)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert f"s/{file.parent.name}/config.yaml is damaged" in done.stderr
+        assert "choose another" in done.stderr
+    file.with_name("result.json").write_text("[]")  # which train.py refuses, as that training's own failure
+    done = program("train.py", *given)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+
+
 def test_a_job_that_fails_costs_only_itself_and_is_tried_again(
     short: list[str], program: Program, tmp_path: Path
 ) -> None:

@@ -144,12 +144,22 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.yaml", "a: ["), ("config.yaml", "- a"), ("result.json", "{"), ("result.json", "[]"), ("metrics.csv", "")],
+    [
+        *(
+            ("config.yaml", "a: ["),
+            ("config.yaml", "- a"),
+            ("result.json", "{"),
+            ("result.json", "[]"),
+            ("metrics.csv", ""),
+        ),
+        ("sampled/0.7_x.yaml", "temperature: ["),
+    ],
 )
 def test_a_damaged_file_of_a_runs_folder_is_named(
     name: str, content: str, run: Path, composed: Composed, tiny: list[str], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "sampled").mkdir(exist_ok=True)
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(f"{folder / name} is damaged")):
         train(composed(*tiny, "sampling.temperature=0.7"), folder)
