@@ -2,7 +2,7 @@
 
 pool        36 processes that sleep for a second, in a pool of 2: how much of the time both are busy
 places      36 trainings of about a second by `train.py -m`, in a pool of 2: what becomes of the places' time, from the
-first process's start to the last one's end. Imports: from a process's start to the begin of its training; own: the
+first process's start to the last one's end. Imports: from a process's start to the beginning of its training; own: the
 seconds that result.json counts; the rest is the launcher's, with the processes' own ends. What keeps both busy outside
 of imports is own / (all - imports)
 launcher    small trainings by `train.py -m`, one after another and two side by side: what each costs beyond what its

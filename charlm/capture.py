@@ -59,7 +59,7 @@ def captures(setting: str | bool, trainer: L.Trainer, optimizer: str) -> bool:
         return False
     obstacle = _obstacle(trainer, optimizer)
     if setting is True and obstacle:
-        raise InputError(f"trainer.capture=true is not to be had: {obstacle}; trainer.capture=auto trains without")
+        raise InputError(f"trainer.capture=true is not available: {obstacle}; trainer.capture=auto trains without")
     return not obstacle
 
 

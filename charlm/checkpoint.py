@@ -57,7 +57,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device={name} is not available here: {str(error).splitlines()[0]}") from None
     return device
 
 

@@ -227,8 +227,7 @@ class ModelConfig:
         _check(self.num_layers <= 1000, f"model.num_layers={self.num_layers} must be 1000 or less")
         _check(
             (self.hidden_size is None) != (self.parameters is None),
-            "give model.hidden_size or model.parameters, which chooses it, not both; model.hidden_size=null takes back "
-            "what an experiment gives"
+            "give model.hidden_size or model.parameters, which chooses it, not both"
             if self.hidden_size
             else "model.hidden_size=null needs model.parameters=NUMBER, which chooses it",
         )

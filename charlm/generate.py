@@ -89,7 +89,7 @@ class Sampler:
             on a CPU where a large network's text comes faster so.
 
     Raises:
-        InputError: "int8" is not to be had.
+        InputError: "int8" is not available.
     """
 
     network: CharRNN
@@ -102,7 +102,7 @@ class Sampler:
         if self.weights == "int8" and not decode_cpu.serves(self.network, self.weights):
             device = self.network.output.weight.device
             raise InputError(
-                f"weights=int8 is not to be had on this {device.type}: it needs device=cpu, and there instructions for "
+                f"weights=int8 is not available on this {device.type}: it needs device=cpu, and there instructions for "
                 "whole numbers of 8 bits (such as AVX512-VNNI) that this torch makes use of"
             )
 

@@ -75,7 +75,7 @@ class Signals:
         self._received = number
         if not self.deferred:
             raise Interrupted(number)
-        log.info(f"{signal.Signals(number).name}: saving behind this step or batch; a second signal ends at once")
+        log.info(f"{signal.Signals(number).name}: saving after this step or batch; a second signal ends at once")
 
     def agreed(self, world_size: int, now: bool = False) -> int:
         """Return the number of a signal that any rank has received, the same on every rank; 0 for none.

@@ -73,7 +73,7 @@ def without_cuda_replays_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the graph where there is none to be had."""
+    """Stand in for the graph where none is available."""
     recorded = CapturedCharLM._record
     if not torch.cuda.is_available() and torch.__version__ < (2, 4):  # whose fused optimizers are for CUDA alone
         for name, flags in capture._FLAGS.items():

@@ -126,6 +126,17 @@ def test_a_number_of_parameters_stands_in_for_the_hidden_size(written: str, mean
         composed(f"model.parameters={written}", "model.hidden_size=64")
 
 
+@pytest.mark.parametrize("name", [choice.as_posix() for choice in CHOICES if choice.parts[0] == "experiment"])
+def test_an_experiments_size_gives_way_to_one_that_is_given(name: str, composed: Composed) -> None:
+    told = [
+        name.replace("/", "=", 1),
+        *(["data.path=x"] if "path: ???" in (ROOT / "conf" / f"{name}.yaml").read_text() else []),
+    ]
+    by_number, by_size = composed(*told, "model.parameters=77k").model, composed(*told, "model.hidden_size=77").model
+    assert (by_number.parameters, by_number.hidden_size) == (77_000, None)
+    assert (by_size.parameters, by_size.hidden_size) == (None, 77)
+
+
 @pytest.mark.parametrize(
     "override", ["data.widow=3", "trainer.max_step=3", "data.window=abc", "model=lst", "optimizer.alpha=1"]
 )

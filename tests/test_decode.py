@@ -283,9 +283,9 @@ def test_large_networks_are_rounded_where_that_is_known_to_be_faster(
     assert decode_cpu.chosen(made.to("meta"), "auto") == "float32"  # not on a CPU
 
 
-def test_8_bits_are_refused_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bits_are_refused_where_they_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_cpu, "agree", lambda *kind: False)
-    with pytest.raises(InputError, match="weights=int8 is not to be had on this cpu"):
+    with pytest.raises(InputError, match="weights=int8 is not available on this cpu"):
         Sampler(network(), Vocabulary(SYMBOLS), weights="int8")
 
 

@@ -71,7 +71,7 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["--resolve"], "--resolve goes with --cfg"),
         ("train.py", ["--cfg", "job", "-m", "seed=1,2"], "-m and --cfg do not go together"),
         ("sample.py", ["output=folder"], "output=folder cannot be written"),
-        ("sample.py", ["device=meta"], "device=meta is not to be had"),
+        ("sample.py", ["device=meta"], "device=meta is not available"),
         ("sample.py", [], "no run in runs/ has completed"),
         ("sample.py", ["checkpoint=none.ckpt"], "none.ckpt does not exist"),
         ("sample.py", ["checkpoint=short.txt"], "not a checkpoint of charlm's"),
@@ -138,6 +138,21 @@ def test_a_sweep_of_samples_leaves_the_texts_of_all_in_one_file(run: Path, progr
     assert [(row["temperature"], row["seed"]) for row in rows] == [(0.5, 1), (0.5, 2), (1.0, 1), (1.0, 2)]
     assert all(row["text"] in done.stdout for row in rows)
     assert list(tmp_path.iterdir()) == [tmp_path / "texts.jsonl"]
+
+
+def test_a_sweep_of_samples_writes_nothing_where_one_of_them_cannot_work(
+    run: Path, program: Program, tmp_path: Path
+) -> None:
+    given = ("-m", f"checkpoint={run}", "output=texts.jsonl")
+    for values, says in (
+        ("temperature=0.5,warm", "temperature=warm"),
+        ("top_k=5,some", "top_k"),
+        ("seed=1,-1", "seed=-1"),
+    ):
+        done = program("sample.py", *given, values)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+        assert says in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_samples_differ_and_a_prompt_may_come_from_standard_input(run: Path, program: Program) -> None:
