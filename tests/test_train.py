@@ -109,11 +109,12 @@ def test_a_large_network_draws_in_8_bits_while_training_what_it_draws_so_later_a
     model = open_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
     temperatures = [row["temperature"] for row in found]
 
-    def texts(weights: str, samples: int) -> list[str]:
+    def texts(weights: str, samples: int, length: int = 30) -> list[str]:
         sampler = Sampler(model.network, model.vocabulary, weights=weights)
-        return sampler.texts([], 30, temperatures * samples, [(1, i // 3) for i in range(3 * samples)])[:3]
+        return sampler.texts([], length, temperatures * samples, [(1, i // 3) for i in range(3 * samples)])[:3]
 
-    assert [row["text"] for row in found] == texts("auto", 1) == texts("int8", 20) != texts("float32", 1)
+    assert [row["text"] for row in found] == texts("auto", 1) == texts("int8", 20)
+    assert texts("int8", 1, length=3000) != texts("float32", 1, length=3000)  # a short text may be the same
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
