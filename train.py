@@ -111,7 +111,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     with run.claimed(), signals:
         if run.completed:  # by the process that it waited for
             return write_again(config, run)
-        checkpoint = run.begin(*find_resumable(run, model))
+        checkpoint = run.begin(data.corpus, *find_resumable(run, model, data.corpus))
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.
             memory = within_memory(model, data, trainer.strategy.root_device)
@@ -158,12 +158,18 @@ def write_again(config: TrainConfig, run: Run) -> float:
 
     Returns:
         Its lowest validation loss.
+
+    Raises:
+        InputError: its text is another one by now.
     """
     from charlm.checkpoint import open_checkpoint
     from charlm.console import shown
+    from charlm.provenance import confirm_text, find_text
     from charlm.sampled import drawn_with
-    from charlm.text_metrics import find_training_text
+    from charlm.text_metrics import TrainingText
 
+    corpus = find_text(config.data)
+    text = TrainingText(corpus) if corpus and confirm_text(run.folder, corpus.identity) else None
     loss = float(run.result["val/loss"])
     log.info(f"{run.folder} is complete, val {loss:.4f} nats; to train anew, choose another folder")
     sampling = asdict(config.sampling)
@@ -171,7 +177,8 @@ def write_again(config: TrainConfig, run: Run) -> float:
         run.sampled.ask([sampling, *run.sampled.asked()])
     if any(run.sampled.asked()):
         model = open_checkpoint(run.best_checkpoint)
-        text = find_training_text(config.data, model.vocabulary)
+        if text is None:
+            log.warning("copies and real words are not measured, which takes the training text")
         for rows in run.sampled.write(model.network, model.vocabulary, config.seed, run.last_step, text):
             log.info(shown(rows, "the best checkpoint"))
         log.info(f"kept in {run.folder / 'sampled'}")

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ class Corpus:
     segments: dict[str, list[Segment]]  # of each split
     bytes_per_character: dict[str, float]  # of each split's text in UTF-8
     unknown: dict[str, int]  # characters of each split that training never saw
+    crc32: int | None = None  # of the block's bytes, where it is known
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What is another one for any other text, in plain values: sizes, and a digest of the ids and the splits.
+
+        The digest goes by a 32-bit sum of the block, which a mapped block is verified by anyway. Any change within four
+        bytes makes another sum; of changes all over the text, one in four billion does not.
+        """
+        crc32 = zlib.crc32(self.block.data) if self.crc32 is None else self.crc32
+        digest = hashlib.sha256(json.dumps([self.block.dtype.name, crc32, self.vocabulary.symbols]).encode())
+        for split in SPLITS:
+            digest.update(split.encode() + np.array(self.segments[split], dtype="<i8").tobytes())
+        sizes = {f"{split}/characters": self.characters(split) for split in SPLITS}
+        return {**sizes, "symbols": len(self.vocabulary), "digest": digest.hexdigest()[:16]}
 
     def characters(self, split: str) -> int:
         """Return how many characters a split has."""
@@ -78,6 +94,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         {split: [(a, b) for a, b in segments] for split, segments in facts["segments"].items()},
         facts["bytes_per_character"],
         facts["unknown"],
+        facts.get("crc32"),
     )
 
 

@@ -97,9 +97,14 @@ class Training:
         return result if isinstance(result, dict) else {}
 
     @property
+    def completed(self) -> bool:
+        """Whether it is trained."""
+        return self.result.get("status") == "completed"
+
+    @property
     def done(self) -> bool:
         """Whether it is trained, and has written at the settings of every job."""
-        return self.result.get("status") == "completed" and not self.to_write()
+        return self.completed and not self.to_write()
 
     def to_write(self) -> list[dict[str, Any]]:
         """Return the sampling settings that it has not written at, but for those that it is told itself.
@@ -108,8 +113,7 @@ class Training:
             InputError: the folder of a finished training no longer says them.
         """
         sampled = Sampled(self.folder)
-        completed = self.result.get("status") == "completed"
-        own = sampled.own() if completed else drawn_with(asdict(self.config.sampling))
+        own = sampled.own() if self.completed else drawn_with(asdict(self.config.sampling))
         asked = {str(drawn_with(given)): given for given in (asdict(job.config.sampling) for job in self.jobs)}
         return [given for key, given in asked.items() if key != str(own) and not sampled.holds(given)]
 
@@ -201,6 +205,7 @@ class PoolLauncher(Launcher):
         self._jobs = jobs
         self._time_limit = time_limit
         self._trainings: dict[Path, Training] = {}  # of all batches
+        self._texts: dict[str, dict[str, Any]] = {}  # what identifies each, by the settings that name it
         self._monitor = Monitor(self._rows)
         self._config: DictConfig
         self._context: HydraContext
@@ -235,6 +240,7 @@ class PoolLauncher(Launcher):
         if not jobs and not self._trainings:
             raise InputError(next(job.why for job in asked if isinstance(job, Refused)))
         batch = self._trainings_of(jobs)
+        self._refuse_other_texts(batch.values())
         self._trainings |= batch
         ran = self._run(list(batch.values()), len(jobs))
         if ran and self._config.hydra.sweeper.get("max_batch_size", 1) is None:  # a plain grid, all in one batch
@@ -279,6 +285,25 @@ class PoolLauncher(Launcher):
                 raise InputError(f"hydra.sweep.subdir gives two trainings the folder {job.folder}; leave it as it is")
             training.jobs.append(job)
         return batch
+
+    def _refuse_other_texts(self, batch: Iterable[Training]) -> None:
+        """Refuse to take the result of a finished training for one on the text as it is now, where that is another.
+
+        One that is not finished looks for itself.
+
+        Raises:
+            InputError: it is.
+        """
+        from charlm.provenance import confirm_text, find_text  # here, since a sweep begins without
+
+        for training in batch:
+            if training.completed:
+                named = str(training.config.data)
+                if named not in self._texts:
+                    corpus = find_text(training.config.data)
+                    self._texts[named] = corpus.identity if corpus else {}
+                if self._texts[named]:
+                    confirm_text(training.folder, self._texts[named])
 
     def _command(self, training: Training) -> list[str]:
         hydra = self._config.hydra

@@ -22,26 +22,29 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from charlm.checkpoint import read_checkpoint
+from charlm.corpus import Corpus
 from charlm.errors import InputError, RunStopped
 from charlm.files import flush_folder
 from charlm.module import CharLM
 from charlm.network import State
+from charlm.provenance import confirm_text
 from charlm.run import Run
 from charlm.signals import Interrupted, Signals
 
 log = logging.getLogger(__name__)
 
 
-def find_resumable(run: Run, model: CharLM) -> tuple[Path | None, dict[str, Any]]:
+def find_resumable(run: Run, model: CharLM, corpus: Corpus) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest checkpoint that a run can go on from and what it holds; None and {} where there is none yet.
 
     Raises:
-        InputError: there are some, but none that can be used.
+        InputError: there are some, but of another text, or none that can be used.
     """
+    there = [path for path in (run.last_checkpoint, run.previous_checkpoint) if path.exists()]
+    if there:
+        confirm_text(run.folder, corpus.identity)
     refused = []
-    for path in (run.last_checkpoint, run.previous_checkpoint):
-        if not path.exists():
-            continue
+    for path in there:
         try:
             content = read_checkpoint(path)
             _check_origin(path, content, model)
@@ -102,15 +105,18 @@ class ExactResume(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             path = Path(str(trainer.ckpt_path))
-            mine = self._run.begun, path.name, path.stat().st_size if path.exists() else 0
+            folder = self._run.begun, path.name, path.stat().st_size if path.exists() else 0
+            text = trainer.datamodule.corpus.identity  # type: ignore[attr-defined]
             ranks: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-            strangers = [rank for rank, seen in enumerate(ranks) if seen != ranks[0]]
-            if strangers:
-                raise RunStopped(
-                    f"rank {strangers[0]} does not see {self._run.folder} as rank 0 does; it must be on a file system "
-                    "that all hosts share"
-                )
+            torch.distributed.all_gather_object(ranks, (folder, text))
+            for rank, (folder, text) in enumerate(ranks):
+                if folder != ranks[0][0]:
+                    raise RunStopped(
+                        f"rank {rank} does not see {self._run.folder} as rank 0 does; it must be on a file system that "
+                        "all hosts share"
+                    )
+                if text != ranks[0][1]:
+                    raise RunStopped(f"rank {rank} does not read the text that rank 0 does; give all hosts the same")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

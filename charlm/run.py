@@ -4,7 +4,7 @@ config.yaml       every setting, resolved            checkpoints/best.ckpt      
 metrics.csv       what was measured, by step         checkpoints/last.ckpt       to resume from
 samples.jsonl     text drawn while training          checkpoints/previous.ckpt   to resume from, were last damaged
 sampled/          text at other sampling settings    result.json                 status, losses, what made them
-.lock             held by the process that trains here
+text.json         which text it was trained on      .lock                       held by the process that trains here
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
+from charlm.corpus import Corpus
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, SWEEP_FILE, read_names, unreadable, write_whole
+from charlm.provenance import record_text
 from charlm.sampled import Sampled
 from charlm.signals import Interrupted, requeue
 
@@ -120,10 +122,11 @@ class Run:
         except (OSError, ValueError, IndexError) as error:
             raise unreadable(self.metrics, error) from None
 
-    def begin(self, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
+    def begin(self, corpus: Corpus, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
         """Write what the run was told, and keep of its rows those that its checkpoint knows: the others come again.
 
         Args:
+            corpus: what it is trained on.
             checkpoint: what it goes on from.
             content: what that holds.
 
@@ -140,6 +143,7 @@ class Run:
                     path.unlink()
                 self.last_checkpoint.parent.mkdir(exist_ok=True)
                 write_whole(self._config_file, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+                record_text(self.folder, corpus)
                 for path in (self.metrics, self.samples):
                     if path.name not in written:
                         path.unlink(missing_ok=True)

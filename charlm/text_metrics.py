@@ -12,7 +12,6 @@ A measure is NaN where the text is too short for it. Prompts do not count.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,16 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from charlm.config import DataConfig
 from charlm.copying import find_copying
-from charlm.corpus import Corpus, load_corpus
-from charlm.errors import InputError
+from charlm.corpus import Corpus
 from charlm.generate import next_character_entropy
 from charlm.metrics import bits
 from charlm.network import CharRNN
 from charlm.vocabulary import Vocabulary
-
-log = logging.getLogger(__name__)
 
 METRICS = ("real_words", "distinct_4grams", "loop_rate", "entropy", "longest_copy", "copied")
 
@@ -119,19 +114,6 @@ def words(text: str) -> list[str]:
     Not single letters, for nearly each stands somewhere by itself: they would make words of noise.
     """
     return _WORD.findall(text.lower())
-
-
-def find_training_text(config: DataConfig, vocabulary: Vocabulary) -> TrainingText | None:
-    """Return the text that a finished training learned from, or None if it is no longer there as it was."""
-    try:
-        corpus = load_corpus(config)
-    except InputError as error:
-        log.warning(f"copies and real words are not measured: {error}")
-        return None
-    if corpus.vocabulary.symbols != vocabulary.symbols:
-        log.warning("copies and real words are not measured: the training text has other characters now")
-        return None
-    return TrainingText(corpus)
 
 
 class TrainingText:

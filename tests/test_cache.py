@@ -53,6 +53,7 @@ def same(one: Corpus, other: Corpus) -> bool:
         and np.array_equal(one.block, other.block)
         and one.segments == other.segments
         and one.unknown == other.unknown
+        and one.identity == other.identity
         and one.bytes_per_character == other.bytes_per_character
     )
 
