@@ -49,6 +49,7 @@ def train(config: TrainConfig, folder: Path) -> float:
         from charlm.capture import CapturedCharLM, captures
         from charlm.datamodule import CharDataModule
         from charlm.generate import prompt_ids
+        from charlm.manual import ManualCharLM, is_plain
         from charlm.memory import refuse_too_large, within_memory
         from charlm.module import CharLM
         from charlm.network import sized
@@ -95,7 +96,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     steps_per_epoch = epoch_steps(trainer, data.steps_per_epoch(trainer.world_size))
     total_steps = step_budget(trainer, steps_per_epoch)
     captured = captures(config.capture, trainer, config.optimizer.name)
-    build = CapturedCharLM if captured else CharLM
+    build = CapturedCharLM if captured else ManualCharLM if is_plain(trainer) else CharLM
     model = build(
         vocabulary.symbols,
         sizes,
@@ -104,7 +105,7 @@ def train(config: TrainConfig, folder: Path) -> float:
         steps_per_epoch,
         asdict(config.regularization),
     )
-    if isinstance(model, CapturedCharLM):
+    if isinstance(model, ManualCharLM):
         model.take_over(trainer, data)
     describe(model, data, trainer)
 

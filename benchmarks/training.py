@@ -36,6 +36,7 @@ from charlm.callbacks import TrainingLog
 from charlm.capture import CapturedCharLM
 from charlm.config import TrainConfig, register
 from charlm.datamodule import CharDataModule
+from charlm.manual import ManualCharLM
 from charlm.module import CharLM
 from charlm.module import _detached as detached
 from charlm.network import sized
@@ -108,7 +109,7 @@ def parts(
         enable_checkpointing=False,
     )
     model = build(vocabulary.symbols, sizes, asdict(config.optimizer), skip + steps)
-    if isinstance(model, CapturedCharLM):
+    if isinstance(model, ManualCharLM):
         model.take_over(trainer, data)
     return data, trainer, model, clock
 
@@ -223,7 +224,8 @@ def main() -> None:
             **ways,
         }
     else:
-        ways["charlm"] = ways.pop("L. eager")
+        del ways["L. eager"]
+        ways["charlm"] = lambda config, skip, steps: by_lightning(config, ManualCharLM, skip, steps)
         ways["bare, 32-true"] = lambda config, skip, steps: ways["bare eager"](in_32_bits(config), skip, steps)
     where = machine("lightning")
     print(where)

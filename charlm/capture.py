@@ -22,12 +22,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -36,7 +35,8 @@ from torch.optim import Optimizer
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
 from charlm.finite import clip, withhold
-from charlm.module import OPTIMIZERS, CharLM
+from charlm.manual import ManualCharLM
+from charlm.module import OPTIMIZERS
 from charlm.network import State
 from charlm.windows import Batch, Starts, gather
 
@@ -95,18 +95,14 @@ _FLAGS: Mapping[str, dict[str, bool]] = {
 }
 
 
-class CapturedCharLM(CharLM):
+class CapturedCharLM(ManualCharLM):
     """A `CharLM` whose training step is one CUDA graph.
 
-    It trains as `CharLM` does, up to rounding, and their checkpoints go on with either. Lightning counts the steps,
-    but the hooks in the middle of one (`on_before_backward`, `on_before_optimizer_step` and their like) are not
-    called.
+    It trains as `CharLM` does, up to rounding, and their checkpoints go on with either.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-        self._clip: tuple[float | None, str] = (None, "norm")  # its bound and how
         self._replay: Callable[[], None] | None = None
 
     @property
@@ -117,9 +113,7 @@ class CapturedCharLM(CharLM):
         """Take from `trainer` the clipping of gradients and their averaging over ranks, and from `data`, where its text
         fits on the device, the gathering of windows into the step.
         """
-        algorithm = trainer.gradient_clip_algorithm
-        self._clip = trainer.gradient_clip_val or None, str(getattr(algorithm, "value", algorithm) or "norm")
-        trainer.gradient_clip_val = None
+        super().take_over(trainer, data)
         if isinstance(trainer.strategy, DDPStrategy):
             # DistributedDataParallel would average them too, by hooks of Python's that no graph can hold.
             trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
@@ -157,7 +151,6 @@ class CapturedCharLM(CharLM):
         # The graph has what it needs; to schedule, log and save, the rate is a number as ever.
         for group in optimizer.param_groups:
             group["lr"] = self._rate_set
-        self._scheduler = self.trainer.lr_scheduler_configs[0].scheduler
 
     def on_fit_end(self) -> None:
         """Let go of the graph: Lightning moves the weights away from where it reads them."""
@@ -246,11 +239,9 @@ class CapturedCharLM(CharLM):
 
     # --- replaying --------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Starts | Batch, batch_idx: int) -> None:
+    def _take_step(self, batch: Batch | Starts, batch_idx: int, optimizer: Optimizer) -> None:
         """Train on the windows that begin at the starts given, or on those given themselves."""
         assert self._replay is not None
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        optimizer._on_before_step()  # here and below Lightning counts
         self._given.copy_(batch.starts if isinstance(batch, Starts) else batch.tokens)
         if batch.fresh:
             for part in _parts(self.carried):
@@ -260,18 +251,12 @@ class CapturedCharLM(CharLM):
             self._rate_set = rate
             self._rate.fill_(rate)
         self._replay()
-        optimizer._on_after_step()
-        self._scheduler.step()  # type: ignore[call-arg]
-
-    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]  # as in CharLM
 
     # --- checkpoints: as `CharLM` writes and reads them ---------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out how the step was done, and count the steps where Lightning counts those of its own optimization."""
-        loop = checkpoint["loops"]["fit_loop"]
-        done = dict(loop["epoch_loop.manual_optimization.optim_step_progress"]["total"])
-        loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"] = done
+        """Leave out how the step was done."""
+        super().on_save_checkpoint(checkpoint)
         for i, saved in enumerate(checkpoint.get("optimizer_states", ())):
             state = {
                 number: {name: value.cpu() if name == "step" else value for name, value in values.items()}
@@ -279,12 +264,6 @@ class CapturedCharLM(CharLM):
             }
             groups = [{**group, **dict.fromkeys(self.optimizer_flags, False)} for group in saved["param_groups"]]
             checkpoint["optimizer_states"][i] = {**saved, "state": state, "param_groups": groups}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting the steps of a run, however they were taken."""
-        loop = checkpoint["loops"]["fit_loop"]
-        done = dict(loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"])
-        loop["epoch_loop.manual_optimization.optim_step_progress"]["total"] = done
 
 
 def average_over_ranks(parameters: Iterable[nn.Parameter], ranks: int) -> None:

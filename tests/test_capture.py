@@ -25,6 +25,7 @@ from charlm.capture import CapturedCharLM, captures
 from charlm.config import TextConfig
 from charlm.datamodule import CharDataModule
 from charlm.errors import InputError
+from charlm.manual import ManualCharLM
 from charlm.module import OPTIMIZERS, CharLM
 from charlm.resume import ExactResume
 from charlm.run import Run
@@ -124,6 +125,7 @@ def train(
     regularization: dict[str, float] | None = None,
     loss_scale: float | None = None,
     devices: int = 1,
+    clipping: dict[str, Any] | None = None,
     **data_changes: Any,
 ) -> tuple[Record, L.Trainer, CharLM]:
     """Train a small model and return what was recorded of it."""
@@ -138,7 +140,8 @@ def train(
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
             "precision": precision,
-        },
+        }
+        | (clipping or {}),
         callbacks=[record, FinalValidation(), ExactResume(Run(folder / "run", {}))],
         default_root_dir=folder,
         enable_checkpointing=False,
@@ -153,7 +156,7 @@ def train(
         total_steps,
         regularization=regularization,
     )
-    if isinstance(made, CapturedCharLM):
+    if isinstance(made, ManualCharLM):
         made.take_over(trainer, data)
     trainer.fit(made, data, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(folder / "end.ckpt")
