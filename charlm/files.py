@@ -15,6 +15,7 @@ import yaml
 from charlm.errors import InputError, RunStopped, reason
 
 LOCK = ".lock"  # held by the process that works in a folder
+RESULT = "result.json"  # what a run came to
 SWEEP_FILE = "sweep.json"  # what a sweep's folder holds, and no run's
 
 
@@ -107,6 +108,22 @@ def read_names(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         return content
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise unreadable(path, error) from None
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return what result.json says that the run in `folder` came to; {} where it has not ended yet.
+
+    Raises:
+        InputError: it is damaged: among others, it says that the run completed, but not at which loss.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return {}
+    result = read_names(path, json.loads)
+    loss = result.get("val/loss")
+    if result.get("status") == "completed" and not (isinstance(loss, int | float) and math.isfinite(loss)):
+        raise unreadable(path, ValueError("it says completed, but no val/loss"))
+    return result
 
 
 def unreadable(path: Path, error: Exception) -> InputError:

@@ -9,7 +9,6 @@ hydra_plugins/charlm_pool.py makes the launcher known to Hydra.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import signal
@@ -30,7 +29,7 @@ from omegaconf import DictConfig, open_dict
 
 from charlm.config import TrainConfig, WandbConfig
 from charlm.errors import InputError, RunStopped
-from charlm.files import LOCK
+from charlm.files import LOCK, read_result
 from charlm.monitor import Monitor, ReportWriter, Row
 from charlm.pool import Interrupted, Pool, Task, visible_gpus, wanted_gpus
 from charlm.sampled import Sampled, drawn_with
@@ -89,12 +88,11 @@ class Training:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the run came to, once it has ended."""
+        """What the run came to, once it has ended. Where that is damaged, the training itself will say so."""
         try:
-            result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_result(self.folder)
+        except InputError:
             return {}
-        return result if isinstance(result, dict) else {}
 
     @property
     def completed(self) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from charlm.files import LOCK
+from charlm.errors import InputError
+from charlm.files import LOCK, read_result
 from charlm.metrics import bits
 
 # Settings that are told by other columns, or say nothing of the training.
@@ -46,12 +47,11 @@ class Result:
 
     @cached_property
     def end(self) -> dict[str, Any]:
-        """What result.json says, if the run has ended once."""
+        """What result.json says, if the run has ended once; of one that is damaged, that it is."""
         try:
-            end = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return end if isinstance(end, dict) else {}
+            return read_result(self.folder)
+        except InputError as error:
+            return {"status": "failed", "error": str(error)}
 
     @cached_property
     def status(self) -> str:

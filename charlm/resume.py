@@ -164,9 +164,18 @@ class Checkpoints(Checkpoint):
         self._interrupted: _InterruptedValidation | None = None
 
     @property
-    def best_path(self) -> Path | None:
-        """Where the best checkpoint is."""
-        return self._run.best_checkpoint if self._best_step is not None else None
+    def best_path(self) -> Path:
+        """Where the best checkpoint is.
+
+        Raises:
+            RunStopped: there is none.
+        """
+        if self._best_step is None:
+            raise RunStopped(
+                "no validation came to a loss that is a number, so that there is no best checkpoint; lower "
+                "optimizer.learning_rate, or compute in 32 bits with trainer.precision=32-true"
+            )
+        return self._run.best_checkpoint
 
     # --- when -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +225,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._saved_step != trainer.global_step:  # where nothing was validated
-            self._best_step = self._best_step if self._best_step is not None else trainer.global_step
             self._save(trainer)
         self._signals.deferred = False
         if number := self._signals.agreed(trainer.world_size, now=True):

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from charlm.commandline import command
 from charlm.corpus import Corpus
 from charlm.errors import InputError, RunStopped
-from charlm.files import LOCK, SWEEP_FILE, read_names, unreadable, write_whole
+from charlm.files import LOCK, RESULT, SWEEP_FILE, read_names, read_result, unreadable, write_whole
 from charlm.provenance import record_text
 from charlm.sampled import Sampled
 from charlm.signals import Interrupted, requeue
@@ -62,7 +62,7 @@ class Run:
         self.sampled = Sampled(folder)
         self._begun = time.time()
         self._config_file = folder / "config.yaml"
-        self._result_file = folder / "result.json"
+        self._result_file = folder / RESULT
         self._lock = FileLock(folder / LOCK)
         self._refuse_another()
 
@@ -88,7 +88,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """What the run came to, once it has ended."""
-        return read_names(self._result_file, json.loads) if self._result_file.exists() else {}
+        return read_result(self.folder)
 
     @property
     def begun(self) -> bool:
@@ -228,13 +228,10 @@ class Run:
 def newest_completed(runs: Path) -> Path | None:
     """Return the folder of the run below `runs` that was the last to complete."""
     completed = []
-    for file in runs.rglob("result.json"):
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(result, dict) and result.get("status") == "completed":
-            completed.append((file.stat().st_mtime, file.parent))
+    for file in runs.rglob(RESULT):
+        with suppress(InputError, OSError):
+            if read_result(file.parent).get("status") == "completed":
+                completed.append((file.stat().st_mtime, file.parent))
     return max(completed)[1] if completed else None
 
 

@@ -348,6 +348,32 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(
     assert same(outcome(folder), undisturbed()[0])
 
 
+class PoisonValidation:
+    """Makes the loss of every validation not a number."""
+
+    def __call__(self, folder: Path) -> None:
+        import charlm.module
+
+        score = charlm.module.CharLM._score
+
+        def poisoned(model: Any, batch: Any, state: Any) -> Any:
+            nats, state = score(model, batch, state)
+            return nats if model.training else nats * float("nan"), state
+
+        charlm.module.CharLM._score = poisoned  # type: ignore[method-assign]
+
+
+def test_a_run_without_a_validation_loss_does_not_complete(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for _ in range(2):  # nor when it goes on where nothing is left to train
+        assert live(folder, small, PoisonValidation()) == 1
+        assert (
+            "no validation came to a loss that is a number" in folder.with_suffix(".log").read_text().splitlines()[-1]
+        )
+        assert status(folder) == "failed"
+    assert not (folder / "checkpoints" / "best.ckpt").exists()
+
+
 def test_steps_that_are_no_number_are_left_out_and_counted_where_that_is_asked_for(
     small: list[str], tmp_path: Path
 ) -> None:

@@ -67,6 +67,8 @@ def sweep(tmp_path: Path) -> Path:
     for name in ("metrics.csv", "samples.jsonl"):
         content = (killed / name).read_bytes()
         (killed / name).write_bytes(content[: len(content) * 2 // 3])
+    damaged = make_run(folder / "damaged", "lstm", 2048, 1.0)
+    (damaged / "result.json").write_text('{"status": "completed"}')
     new = folder / "new"
     new.mkdir()
     (new / "config.yaml").write_text("model: {cell: rnn, hidden_size: null, num_layers: 2}\n")
@@ -90,9 +92,10 @@ def test_every_run_is_in_the_table_whatever_its_state(sweep: Path) -> None:
     completed = [f"{cell}-{size}x1" for cell in ("gru", "lstm", "rnn") for size in (64, 256)]
     assert {name: row["status"] for name, row in found.items()} == {
         **dict.fromkeys(completed, "completed"),
-        **{"failed": "failed", "killed": "interrupted", "new": "running"},
+        **{"failed": "failed", "damaged": "failed", "killed": "interrupted", "new": "running"},
     }
     assert found["failed"]["cause"].startswith("RuntimeError: out of memory </script>")
+    assert "result.json is damaged" in found["damaged"]["cause"]
     assert float(found["lstm-64x1"]["val_bpc"]) == pytest.approx((1 + 10 / 64) / 0.6931, rel=1e-3)
     assert float(found["killed"]["val_bpc"]) > 1  # the best that it had come to
     assert found["lstm-64x1"]["command"] == "python train.py model=lstm 'data.path=my text'"
@@ -159,7 +162,7 @@ def test_without_the_packages_that_draw_there_is_the_table_and_a_line_that_says_
     with caplog.at_level(logging.WARNING, "charlm"):
         for _ in range(2):
             write_report(sweep)
-    assert len(rows(sweep)) == 9
+    assert len(rows(sweep)) == 10
     assert not (sweep / "report.html").exists()
     assert caplog.text.count("pip install") == 1
 

@@ -89,9 +89,13 @@ def test_a_damaged_file_of_a_finished_training_is_named(short: list[str], progra
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert f"s/{file.parent.name}/config.yaml is damaged" in done.stderr
         assert "choose another" in done.stderr
-    file.with_name("result.json").write_text("[]")  # which train.py refuses, as that training's own failure
-    done = program("train.py", *given)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    file.write_text(whole)
+    for content in ("[]", '{"status": "completed"}'):  # which train.py refuses, as that training's own failure
+        file.with_name("result.json").write_text(content)
+        done = program("train.py", *given)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "1 of 1 trainings failed" in done.stderr
+        assert "result.json is damaged" in done.stderr
 
 
 def test_a_job_that_fails_costs_only_itself_and_is_tried_again(

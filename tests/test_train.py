@@ -151,6 +151,9 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
             ("config.yaml", "- a"),
             ("result.json", "{"),
             ("result.json", "[]"),
+            ("result.json", '{"status": "completed"}'),
+            ("result.json", '{"status": "completed", "val/loss": null}'),
+            ("result.json", '{"status": "completed", "val/loss": "1.5"}'),
             ("metrics.csv", ""),
             ("text.json", "[]"),
         ),
@@ -233,6 +236,10 @@ def test_a_result_is_json_whatever_its_figures(tmp_path: Path) -> None:
 
 def test_the_newest_completed_run_is_found(run: Path) -> None:
     assert newest_completed(run.parent) == run
+    damaged = Path(shutil.copytree(run, run.with_name("damaged")))
+    (damaged / "result.json").write_text('{"status": "completed"}')
+    assert newest_completed(run.parent) == run
+    shutil.rmtree(damaged)
     assert newest_completed(run / "checkpoints") is None
 
 
