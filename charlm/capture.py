@@ -220,7 +220,7 @@ class CapturedCharLM(ManualCharLM):
             average_over_ranks(self.parameters(), self.trainer.world_size)
         if scaler:
             scaler.unscale_(optimizer)
-        finite = clip(self.parameters(), *self._clip)
+        finite = clip(self.parameters(), *self._clip).isfinite()
         if not scaler:
             self.withheld += ~finite
             withhold(optimizer, finite)

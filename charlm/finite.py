@@ -22,14 +22,10 @@ from charlm.errors import RunStopped
 log = logging.getLogger(__name__)
 
 
-def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return whether every gradient is finite, and its square in reach of its type: a boolean scalar on the device."""
-    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
-    return torch.isfinite(torch.stack(norms)).all()
-
-
 def clip(parameters: Iterable[nn.Parameter], bound: float | None, algorithm: str | None) -> Tensor:
-    """Clip gradients as Lightning does, and return whether they were finite: a boolean scalar on the device.
+    """Clip gradients as Lightning does, and return the norm that they had together: a scalar on the device.
+
+    It is finite where every gradient is, and its square in reach of its type.
 
     Args:
         parameters: whose gradients.
@@ -38,11 +34,13 @@ def clip(parameters: Iterable[nn.Parameter], bound: float | None, algorithm: str
     """
     parameters = list(parameters)
     if bound and algorithm != "value":
-        return torch.nn.utils.clip_grad_norm_(parameters, bound).isfinite()  # no norm is taken twice
-    finite = all_finite(parameters)
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, bound)
+        return norm
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if bound:
         torch.nn.utils.clip_grad_value_(parameters, bound)
-    return finite
+    return norm
 
 
 def withhold(optimizer: Optimizer, finite: Tensor) -> None:

@@ -137,13 +137,14 @@ class CharLM(L.LightningModule):
     ) -> None:
         """Clip the gradient, and withhold the step if it is not finite."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        finite = clip(parameters, gradient_clip_val, gradient_clip_algorithm)
+        norm = clip(parameters, gradient_clip_val, gradient_clip_algorithm)
         if self._leaves_out_steps_itself:
             return
-        if self.device.type == "cuda":
+        if norm.device.type == "cuda":
+            finite = norm.isfinite()
             self.withheld += ~finite
             withhold(optimizer, finite)
-        elif not finite:
+        elif not math.isfinite(norm):
             self.withheld += 1
             for parameter in parameters:
                 parameter.grad = None
