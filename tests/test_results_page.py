@@ -36,8 +36,9 @@ def write_run(folder: Path, seed: int, loss: float, split: str = "ends") -> None
         "data": {"split": split, "fractions": [0.85, 0.05, 0.1], "path": "/home/someone/plays.txt", "source": "text"},
     }
     result = {
-        **{"status": "completed", "test/loss": loss, "test/bpc": loss / 0.6931, "test/loss_standard_error": 0.01},
-        **{"test/loss_windowed": loss + 0.05, "seconds": 12.0, "parameters": 70_000, "device": "a card"},
+        **{"status": "completed", "val/loss": loss, "test/loss": loss, "test/bpc": loss / 0.6931},
+        **{"test/loss_standard_error": 0.01, "test/loss_windowed": loss + 0.05},
+        **{"seconds": 12.0, "parameters": 70_000, "device": "a card"},
         "command": [
             *("train.py", "experiment=shakespeare", 'data.path="/home/someone/plays.txt"'),
             *(f"seed={seed}", "hydra.run.dir=runs/x"),
