@@ -1,7 +1,7 @@
 """Products on a CPU in which a row's sums do not depend, to the last bit, on the rows beside it.
 
-    float32   Libraries sum in another order for a single row, and for very many: one row therefore has a second beside
-              it, and many are cut.
+    float32   Libraries sum in another order for a single row, some for three too, and for very many: few rows therefore
+              have others beside them, and many are cut.
     int8      Weights that no core's cache holds are read from memory for each character, and that takes nearly all the
               time; in 8 bits they are a quarter. Each is rounded to a whole number of steps, at most 127, which are as
               wide as the largest of its column asks for. So is the state that they are multiplied with, in steps of
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 64  # that a product in float32 has
+NUMBERS_OF_ROWS = (2, 4, 8, 16, 24, 32, 48, MOST_ROWS)  # so that what is added is little
 LARGEST = 127  # whole number of 8 bits that has a negative one
 
 Work = Callable[[], object]
@@ -64,8 +65,6 @@ class Product(ABC):
 
 
 class Float32(Product):
-    NUMBERS_OF_ROWS = (2, 4, 8, 16, 24, 32, 48, MOST_ROWS)
-
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
         self._weight = weight
@@ -73,7 +72,7 @@ class Float32(Product):
     @staticmethod
     def rows(samples: int) -> int:
         rest = samples % MOST_ROWS
-        return samples - rest + (next(number for number in Float32.NUMBERS_OF_ROWS if number >= rest) if rest else 0)
+        return samples - rest + (next(number for number in numbers_of_rows() if number >= rest) if rest else 0)
 
     @staticmethod
     def operand(state: Tensor) -> tuple[Tensor, list[Work]]:
@@ -91,7 +90,7 @@ class Float32(Product):
         whole = multiplied(product, state)
         return all(
             torch.equal(multiplied(product, state[some]), whole[some])
-            for number in cls.NUMBERS_OF_ROWS
+            for number in numbers_of_rows()
             for some in (slice(number), slice(-number, None))
         )
 
@@ -139,6 +138,18 @@ class Int8(Product):
             return all(torch.equal(multiplied(product, state[:n]), expected[:n]) for n in (1, 2, 16, MOST_ROWS))
         except (AttributeError, RuntimeError):  # this torch has no such product
             return False
+
+
+@cache
+def numbers_of_rows() -> tuple[int, ...]:
+    """Return how many rows a product in float32 has: those that there are, from the fewest on whose sums are those of
+    many. With MKL these are 2 on Intel's processors and 4 on AMD's, which it gives another kernel for 3 and less.
+    """
+    draw = torch.Generator().manual_seed(0)
+    state, weight = torch.randn(MOST_ROWS, 64, generator=draw), torch.randn(64, 256, generator=draw)
+    whole = state @ weight
+    fewest = next(number for number in NUMBERS_OF_ROWS if torch.equal(state[:number] @ weight, whole[:number]))
+    return NUMBERS_OF_ROWS[NUMBERS_OF_ROWS.index(fewest) :]
 
 
 ARITHMETICS: dict[str, type[Product]] = {"float32": Float32, "int8": Int8}
