@@ -218,7 +218,9 @@ class ModelConfig:
     num_layers: int = MISSING
     dropout: float = MISSING
     embedding_size: int | None = MISSING
+    one_hot_scale: float = MISSING
     tied: bool = MISSING
+    output_gain: float | None = MISSING
     uniform_init: float | None = MISSING
 
     def __post_init__(self) -> None:
@@ -231,10 +233,9 @@ class ModelConfig:
             if self.hidden_size
             else "model.hidden_size=null needs model.parameters=NUMBER, which chooses it",
         )
-        _check(
-            self.uniform_init is None or 0 < self.uniform_init <= 1e6,
-            f"model.uniform_init={self.uniform_init} must be above 0, and 1e6 or less",
-        )
+        for name in ("one_hot_scale", "output_gain", "uniform_init"):
+            value = getattr(self, name)
+            _check(value is None or 0 < value <= 1e4, f"model.{name}={value} must be above 0, and 1e4 or less")
         self.parameters = None if self.parameters is None else _count("model.parameters", self.parameters)
         _at_least(0, **{"model.embedding_size": self.embedding_size})
         _check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be at least 0 and less than 1")

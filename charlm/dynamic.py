@@ -50,7 +50,7 @@ def dynamic_loss(network: CharRNN, corpus: Corpus, config: EvaluationConfig, dev
         config: rule, rate, decay and length of a piece.
         device: where to compute.
     """
-    network = _without_dropout(network).to(device)
+    network = _plain(network).to(device)
     block = torch.from_numpy(corpus.block)
     assert config.dynamic is not None
     rate = config.dynamic_learning_rate or DEFAULT_RATES[config.dynamic]
@@ -80,12 +80,18 @@ def dynamic_loss(network: CharRNN, corpus: Corpus, config: EvaluationConfig, dev
     return float(nats) / characters
 
 
-def _without_dropout(network: CharRNN) -> CharRNN:
-    """Return a copy that computes as in evaluation, but in training mode: cuDNN learns in no other."""
+def _plain(network: CharRNN) -> CharRNN:
+    """Return a copy that computes as in evaluation, but in training mode: cuDNN learns in no other. Its one-hot vectors
+    are of ones, for which the rates are.
+    """
     copied = copy.deepcopy(network).train()
     copied.rnn.dropout = 0.0
     copied.dropout = nn.Dropout(0.0)
     copied.regularizer = Regularizer()
+    if copied.embedding is None:
+        scale = float(copied.one_hot[0, 0])
+        copied.one_hot.div_(scale)
+        copied.rnn.weight_ih_l0.data.mul_(scale)
     return copied
 
 

@@ -63,6 +63,12 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
     assert "num_nodes" not in arguments
 
 
+def test_a_scale_that_sgd_would_count_twice_is_for_other_optimizers(composed: Composed) -> None:
+    assert composed("optimizer=sgd").model.one_hot_scale == 1
+    assert composed("optimizer=sgd", "model.one_hot_scale=2").model.one_hot_scale == 2
+    assert composed("optimizer=rmsprop").model.one_hot_scale == composed().model.one_hot_scale > 1
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -72,6 +78,8 @@ def test_what_is_not_given_to_the_trainer_is_left_to_lightning(composed: Compose
         ("model.cell=lst", "did you mean lstm"),
         ("model.embedding_size=-1", "embedding_size=-1"),
         ("model.uniform_init=0", "uniform_init=0"),
+        ("model.one_hot_scale=0", "one_hot_scale=0"),
+        ("model.output_gain=1e5", "output_gain=100000.0"),
         ("optimizer.learning_rate=1e38", "1e30 or less"),
         ("trainer.val_check_interval=0", "val_check_interval=0 must be above 0"),
         ("model.parameters=many", "parameters=many must be a number"),

@@ -51,7 +51,9 @@ def drawn(
 @ways
 @cells
 @pytest.mark.parametrize(
-    ("layers", "options"), [(1, {}), (3, {}), (2, {"embedding_size": 20}), (2, {"tied": True})], ids=str
+    ("layers", "options"),
+    [(1, {}), (3, {}), (1, {"one_hot_scale": 8.0}), (2, {"embedding_size": 20}), (2, {"tied": True})],
+    ids=str,
 )
 def test_steps_score_as_the_network_does(
     cell: str, layers: int, options: dict[str, Any], way: ModuleType, device: str

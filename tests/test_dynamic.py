@@ -28,11 +28,10 @@ def corpus(config: TrainConfig) -> Corpus:
     return load_corpus(config.data)
 
 
-def network(corpus: Corpus, cell: str = "lstm") -> CharRNN:
+def network(corpus: Corpus, cell: str = "lstm", **options: float) -> CharRNN:
     torch.manual_seed(0)
-    return CharRNN(
-        len(corpus.vocabulary), cell, 16, 2, dropout=0.5, regularization={"hidden_dropout": 0.5, "activation": 2.0}
-    )
+    regularization = {"hidden_dropout": 0.5, "activation": 2.0}
+    return CharRNN(len(corpus.vocabulary), cell, 16, 2, dropout=0.5, regularization=regularization, **options)
 
 
 def static_loss(model: CharRNN, corpus: Corpus) -> float:
@@ -63,6 +62,15 @@ def test_it_learns_from_what_it_reads_and_leaves_the_model_alone(
     assert dynamic_loss(model, corpus, learning, CPU) < static_loss(model, corpus) - 0.3
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert model.regularizer.hidden_dropout == 0.5
+
+
+@pytest.mark.parametrize(("rule", "rate"), [("sgd", 0.3), ("rms", 3e-3)])
+def test_how_one_hot_vectors_are_scaled_changes_nothing(
+    rule: str, rate: float, corpus: Corpus, config: TrainConfig
+) -> None:
+    learning = replace(config.evaluation, dynamic=rule, dynamic_learning_rate=rate)
+    losses = [dynamic_loss(network(corpus, one_hot_scale=scale), corpus, learning, CPU) for scale in (1.0, 8.0)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_decay_holds_the_weights_back(corpus: Corpus, config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,24 @@ def test_one_hot_input_is_the_recurrence_over_one_hot_vectors() -> None:
     ids = torch.randint(9, (2, 6))
     hidden, _ = network.rnn(nn.functional.one_hot(ids, 9).float())
     torch.testing.assert_close(network(ids)[0], network.output(hidden))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_scaled_one_hot_input_begins_alike_and_learns_faster_by_the_scale(cell: str) -> None:
+    networks = []
+    for scale in (1.0, 8.0):
+        torch.manual_seed(0)
+        networks.append(CharRNN(9, cell, 5, one_hot_scale=scale))
+    ids = torch.randint(9, (2, 6))
+    scores = [network(ids)[0] for network in networks]
+    torch.testing.assert_close(scores[1], scores[0])
+    for logits in scores:
+        logits.logsumexp(-1).sum().backward()
+    plain, scaled = (network.rnn for network in networks)
+    assert plain.weight_ih_l0.grad is not None
+    torch.testing.assert_close(scaled.weight_ih_l0 * 8, plain.weight_ih_l0)
+    torch.testing.assert_close(scaled.weight_ih_l0.grad, plain.weight_ih_l0.grad * 8)
+    torch.testing.assert_close(scaled.weight_hh_l0.grad, plain.weight_hh_l0.grad)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +109,17 @@ def test_a_small_lstm_begins_with_layers_that_hear_of_each_other(cell: str, size
         assert float(weight.std()) * size**0.5 == pytest.approx(spread, rel=0.05)
     uniform = CharRNN(10, cell, size, num_layers=3, uniform_init=0.08)
     assert float(uniform.rnn.weight_ih_l1.detach().abs().max()) <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("options", "spread"),
+    [({}, 3**-0.5), ({"output_gain": 2.0}, 2.0), ({"tied": True}, 1.0), ({"tied": True, "output_gain": 2.0}, 2.0)],
+    ids=str,
+)
+def test_the_output_begins_with_its_gain(options: dict[str, Any], spread: float) -> None:
+    """In units of 1/sqrt(H), as above."""
+    weight = CharRNN(100, "gru", 100, **options).output.weight.detach()
+    assert float(weight.std()) * 10 == pytest.approx(spread, rel=0.05)
 
 
 def test_dropout_acts_in_training_alone() -> None:
