@@ -59,24 +59,26 @@ def decode(
         steps.read(ids)
 
 
-def serves(network: CharRNN, arithmetic: str = "float32") -> bool:
-    """Return whether a network is on a CPU, and every product there gives a row the same sums in every number of rows
-    that there is of it.
+def product_of(network: CharRNN, arithmetic: str = "float32") -> type[Product] | None:
+    """Return the kind of product that gives a row of this network the same sums in every number of rows there is of
+    it; None where none does, or the network is not on a CPU.
     """
-    on_cpu = network.output.weight.device.type == "cpu"
-    return on_cpu and all(agree(*size, torch.get_num_threads(), arithmetic) for size in sorted(set(_sizes(network))))
+    if network.output.weight.device.type != "cpu":
+        return None
+    sizes, threads = sorted(set(_sizes(network))), torch.get_num_threads()
+    return next((kind for kind in ARITHMETICS[arithmetic] if all(agree(*size, threads, kind) for size in sizes)), None)
 
 
 def chosen(network: CharRNN, weights: str) -> str:
     """Return the arithmetic that `weights` comes to, however many texts are drawn.
 
     "auto" is "int8" for a large network on a CPU of a kind that has been measured, with AVX-512 and its instructions
-    for 8 bits, which `serves` sees by their sums; everywhere else it is "float32".
+    for 8 bits, which `product_of` sees by their sums; everywhere else it is "float32".
     """
     if weights != "auto":
         return weights
     fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "int8" if fast and step_bytes(network) >= LARGE and serves(network, "int8") else "float32"
+    return "int8" if fast and step_bytes(network) >= LARGE and product_of(network, "int8") else "float32"
 
 
 def step_bytes(network: CharRNN) -> int:
@@ -103,10 +105,12 @@ class Weights:
 
     def __init__(self, network: CharRNN, arithmetic: str = "float32") -> None:
         rnn = network.rnn
-        self.arithmetic = ARITHMETICS[arithmetic]
+        kind = product_of(network, arithmetic)
+        assert kind is not None
+        self.product = kind
 
         def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-            return Linear(self.arithmetic(weight), bias)
+            return Linear(kind(weight), bias)
 
         self.hidden_size = rnn.hidden_size
         self.cell = _CELLS[type(rnn)]
@@ -138,10 +142,10 @@ class Steps:
     """
 
     def __init__(self, weights: Weights, samples: int) -> None:
-        arithmetic = weights.arithmetic
+        kind = weights.product
 
         def rows(width: int) -> Tensor:
-            return torch.zeros(arithmetic.rows(samples), width)
+            return torch.zeros(kind.rows(samples), width)
 
         self._table = weights.table
         size, gates = weights.hidden_size, weights.table.shape[1]
@@ -156,7 +160,7 @@ class Steps:
             if operand is not None:
                 self._multiply(operand, weights.inputs[layer - 1], from_below)
             hidden = rows(size)
-            operand, renewed = arithmetic.operand(hidden)
+            operand, renewed = kind.operand(hidden)
             self._multiply(operand, linear, from_before)
             cell = weights.cell(self._x, from_before.numpy()[:samples], hidden.numpy()[:samples])
             self.state += cell.state

@@ -99,7 +99,7 @@ class Sampler:
     weights: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.weights == "int8" and not decode_cpu.serves(self.network, self.weights):
+        if self.weights == "int8" and decode_cpu.product_of(self.network, self.weights) is None:
             device = self.network.output.weight.device
             raise InputError(
                 f"weights=int8 is not available on this {device.type}: it needs device=cpu, and there instructions for "
@@ -181,7 +181,7 @@ class Sampler:
         uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
         given = self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p
         arithmetic = self.arithmetic
-        if length and decode_cpu.serves(self.network, arithmetic):
+        if length and decode_cpu.product_of(self.network, arithmetic):
             yield from decode_cpu.decode(*given, arithmetic)
         elif length:
             yield from decode_exact.decode(*given)

@@ -7,7 +7,7 @@
               wide as the largest of its column asks for. So is the state that they are multiplied with, in steps of
               1/127. Whole numbers come to the same sum in any order, and any number of rows may go the fastest way.
 
-Both are tried before they are used, with the sizes that are used: a library may sum in other orders than those known
+Each kind is tried before it is used, with the sizes that are used: a library may sum in other orders than those known
 here, and processors without instructions for whole numbers of 8 bits cut their sums short.
 
 Legend: R rows, K width in, N width out.
@@ -21,10 +21,10 @@ from functools import cache, partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST_ROWS = 64  # that a product in float32 has
-NUMBERS_OF_ROWS = (2, 4, 8, 16, 24, 32, 48, MOST_ROWS)  # so that what is added is little
 LARGEST = 127  # whole number of 8 bits that has a negative one
 
 Work = Callable[[], object]
@@ -44,9 +44,9 @@ class Product(ABC):
     def __init__(self, weight: Tensor) -> None:
         self.size = weight.shape
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def rows(samples: int) -> int:
+    def rows(cls, samples: int) -> int:
         """Return how many rows there have to be, at least so many."""
 
     @staticmethod
@@ -65,14 +65,23 @@ class Product(ABC):
 
 
 class Float32(Product):
+    """Of torch, which on Intel's processors sums two rows as it does many."""
+
+    FEWEST_ROWS = 2
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
         self._weight = weight
 
-    @staticmethod
-    def rows(samples: int) -> int:
+    @classmethod
+    def numbers_of_rows(cls) -> tuple[int, ...]:
+        """Return how many rows there are, up to `MOST_ROWS`: not each number, but so that few are added."""
+        return tuple(number for number in (2, 4, 8, 16, 24, 32, 48, MOST_ROWS) if number >= cls.FEWEST_ROWS)
+
+    @classmethod
+    def rows(cls, samples: int) -> int:
         rest = samples % MOST_ROWS
-        return samples - rest + (next(number for number in numbers_of_rows() if number >= rest) if rest else 0)
+        return samples - rest + (next(number for number in cls.numbers_of_rows() if number >= rest) if rest else 0)
 
     @staticmethod
     def operand(state: Tensor) -> tuple[Tensor, list[Work]]:
@@ -90,9 +99,37 @@ class Float32(Product):
         whole = multiplied(product, state)
         return all(
             torch.equal(multiplied(product, state[some]), whole[some])
-            for number in numbers_of_rows()
+            for number in cls.numbers_of_rows()
             for some in (slice(number), slice(-number, None))
         )
+
+
+class NumpyFloat32(Float32):
+    """Of numpy: on AMD's processors a few times as fast as torch for few rows, and for up to some 500 units its sums
+    agree from two rows on, if the columns fill its registers.
+    """
+
+    COLUMNS = 16
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self._filled = F.pad(weight, (0, -weight.shape[1] % self.COLUMNS)).numpy()
+
+    def into(self, out: Tensor, operand: Tensor) -> list[Work]:
+        width = self.size[1]
+        whole = width == self._filled.shape[1]
+        filled = out.numpy() if whole else np.empty((len(out), self._filled.shape[1]), dtype=np.float32)
+        parts = range(0, len(out), MOST_ROWS)
+        work: list[Work] = [
+            partial(np.dot, operand.numpy()[i : i + MOST_ROWS], self._filled, filled[i : i + MOST_ROWS]) for i in parts
+        ]
+        return work if whole else [*work, partial(np.copyto, out.numpy(), filled[:, :width])]
+
+
+class WideFloat32(Float32):
+    """Of torch, which on AMD's processors sums four rows as it does many, and fewer in another order."""
+
+    FEWEST_ROWS = 4
 
 
 class Int8(Product):
@@ -102,8 +139,8 @@ class Int8(Product):
         self._whole = (weight / step).round_().to(torch.int8).T.contiguous()  # (N, K)
         self._step = (step / LARGEST).numpy()  # of the sums
 
-    @staticmethod
-    def rows(samples: int) -> int:
+    @classmethod
+    def rows(cls, samples: int) -> int:
         return samples
 
     @staticmethod
@@ -140,19 +177,11 @@ class Int8(Product):
             return False
 
 
-@cache
-def numbers_of_rows() -> tuple[int, ...]:
-    """Return how many rows a product in float32 has: those that there are, from the fewest on whose sums are those of
-    many. With MKL these are 2 on Intel's processors and 4 on AMD's, which it gives another kernel for 3 and less.
-    """
-    draw = torch.Generator().manual_seed(0)
-    state, weight = torch.randn(MOST_ROWS, 64, generator=draw), torch.randn(64, 256, generator=draw)
-    whole = state @ weight
-    fewest = next(number for number in NUMBERS_OF_ROWS if torch.equal(state[:number] @ weight, whole[:number]))
-    return NUMBERS_OF_ROWS[NUMBERS_OF_ROWS.index(fewest) :]
-
-
-ARITHMETICS: dict[str, type[Product]] = {"float32": Float32, "int8": Int8}
+# The kinds of product that an arithmetic may have, the best one first.
+ARITHMETICS: dict[str, tuple[type[Product], ...]] = {
+    "float32": (Float32, NumpyFloat32, WideFloat32),
+    "int8": (Int8,),
+}
 
 
 def multiplied(product: Product, state: Tensor) -> Tensor:
@@ -165,6 +194,6 @@ def multiplied(product: Product, state: Tensor) -> Tensor:
 
 
 @cache
-def agree(width_in: int, width_out: int, threads: int, arithmetic: str) -> bool:
-    """Return whether products of these sizes, by so many threads, may be used: see `Product.agrees`."""
-    return ARITHMETICS[arithmetic].agrees(width_in, width_out)
+def agree(width_in: int, width_out: int, threads: int, kind: type[Product]) -> bool:
+    """Return whether products of these sizes, by so many threads, may be of this kind: see `Product.agrees`."""
+    return kind.agrees(width_in, width_out)

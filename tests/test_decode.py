@@ -144,7 +144,7 @@ def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatc
 
 def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network()
-    assert decode_cpu.serves(made)  # of the libraries that charlm is tested with
+    assert decode_cpu.product_of(made)  # of the libraries that charlm is tested with
     monkeypatch.setattr(decode_cpu, "agree", lambda *kind: False)
     monkeypatch.setattr(decode_cpu, "decode", None)
     text = Sampler(made, Vocabulary(SYMBOLS)).texts([3], 30, [0.8], [(1, 0)])
@@ -155,7 +155,7 @@ def test_what_agrees_is_tried_with_the_sizes_that_are_used(monkeypatch: pytest.M
     tried: set[tuple[int, int]] = set()
     monkeypatch.setattr(decode_cpu, "agree", lambda width_in, width_out, *_: not tried.add((width_in, width_out)))
     made = network("gru", 48, 2)
-    assert decode_cpu.serves(made)
+    assert decode_cpu.product_of(made)
     weights = decode_cpu.Weights(made)
     sizes = [linear.product.size for linear in (*weights.inputs, *weights.hidden, weights.output)]
     assert tried == {tuple(size) for size in sizes}
@@ -168,9 +168,27 @@ def test_rows_that_a_library_sums_in_another_order_are_seen(monkeypatch: pytest.
     def two_ways(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return product(rows, weight, out=out) if len(rows) > 8 else product(rows.flip(1), weight.flip(0), out=out)
 
-    assert products.Float32.agrees(64, 32)
+    kind = next(kind for kind in (products.Float32, products.WideFloat32) if kind.agrees(64, 32))
     monkeypatch.setattr(torch, "mm", two_ways)
-    assert not products.Float32.agrees(64, 32)
+    assert not kind.agrees(64, 32)
+
+
+@pytest.mark.parametrize("kind", products.ARITHMETICS["float32"])
+@pytest.mark.parametrize("width_out", [103, 192])
+def test_each_kind_of_product_in_32_bits_is_the_product(kind: type[products.Product], width_out: int) -> None:
+    state, weight = torch.randn(130, 48), torch.randn(48, width_out)
+    torch.testing.assert_close(products.multiplied(kind(weight), state), state @ weight)
+
+
+def test_a_network_has_the_first_kind_of_product_that_agrees_at_all_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("gru", 48)
+    first, second, third = products.ARITHMETICS["float32"]
+    for refused, expected in (((), first), ((first,), second), ((first, second), third)):
+        monkeypatch.setattr(decode_cpu, "agree", lambda i, o, threads, kind, no=refused: kind not in no or o == 144)
+        assert decode_cpu.product_of(made) is expected
+    monkeypatch.setattr(decode_cpu, "agree", lambda *kind: False)
+    assert decode_cpu.product_of(made) is None
+    assert [kind.rows(1) for kind in (first, second, third)] == [2, 2, 4]
 
 
 # --- weights of 8 bits ----------------------------------------------------------------------------------------------
@@ -220,7 +238,7 @@ def test_sums_that_a_processor_cuts_short_are_seen(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("size", [33, 128])
 def test_in_8_bits_too_a_text_is_its_own_whatever_is_drawn_beside_it(cell: str, size: int) -> None:
     made = network(cell, size)
-    assert decode_cpu.serves(made, "int8")
+    assert decode_cpu.product_of(made, "int8")
     together = drawn(decode_cpu, made, 200, 60, arithmetic="int8")
     assert not np.array_equal(together, drawn(decode_cpu, made, 200, 60))
     for samples, length in ((1, 60), (1, 13), (2, 60), (6, 60), (64, 60), (65, 7)):
