@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 
+from charlm import commandline
 from charlm.config import TrainConfig
 from train import train
 
@@ -206,6 +208,20 @@ def test_help_answers_with_the_choices(program: Program) -> None:
         done = program(script, "--help")
         assert done.returncode == 0
         assert word in done.stdout
+
+
+def test_what_hydra_could_choose_is_looked_for_where_a_help_text_names_it(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "hydra/launcher: basic, checked, pool" in program("train.py", "--hydra-help").stdout
+    looked: list[str] = []
+    monkeypatch.setattr(Hydra, "list_all_config_groups", lambda self, parent="": looked.append(parent) or [])
+    monkeypatch.setattr(Hydra, "format_config_groups", Hydra.format_config_groups)  # to be put back
+    commandline._list_groups_where_asked()
+    text = Hydra.format_config_groups(Hydra.__new__(Hydra), bool)
+    assert looked == []
+    assert str(text) == ""
+    assert looked == [""]
 
 
 def test_a_log_file_has_no_progress_bar(tiny: list[str], program: Program, tmp_path: Path) -> None:
