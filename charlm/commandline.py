@@ -101,7 +101,7 @@ def _list_groups_where_asked() -> None:
     listed = Hydra.format_config_groups
 
     def lazily(self: Hydra, predicate: Callable[[str], bool], compact: bool = True) -> Any:
-        return _Lazy(lambda: listed(self, predicate, compact))
+        return _Lazy(lambda: str(listed(self, predicate, compact)))
 
     Hydra.format_config_groups = lazily  # type: ignore[method-assign]
 
