@@ -17,7 +17,7 @@ from measurement import Table, machine
 from charlm.checkpoint import open_checkpoint
 from charlm.config import _SCHEMAS as SCHEMAS
 from charlm.corpus import load_corpus
-from charlm.decode_cpu import Steps, Weights
+from charlm.decode_cpu import Steps, Weights, product_of
 from charlm.network import CharRNN
 from charlm.products import ARITHMETICS
 from charlm.vocabulary import FIRST_WRITTEN
@@ -50,6 +50,8 @@ def main() -> None:
         data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
         corpus = load_corpus(SCHEMAS["data"][data["source"]](**data))
         network = open_checkpoint(run / "checkpoints" / "best.ckpt").network
+        if product_of(network, "int8") is None:
+            parser.error("this processor has no instructions for 8 bits (such as AVX512-VNNI) that torch makes use of")
         cut = evaluation_lanes(corpus.segments["test"], LANES)[:LANES]
         length = min(stop - start for start, stop in cut)
         lanes = np.stack([corpus.block[start : start + length] for start, _ in cut]).astype(np.int64)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from measurement import Table, by_turns, machine, ratio, seconds
 
-from charlm.decode_cpu import step_bytes
+from charlm.decode_cpu import product_of, step_bytes
 from charlm.generate import Sampler
 from charlm.network import CharRNN
 from charlm.vocabulary import UNKNOWN, Vocabulary
@@ -143,6 +143,8 @@ def main() -> None:
     given = parser.parse_args()
     print(machine("numpy"))
     if given.int8:
+        if product_of(fresh("lstm", 512, 2, "cpu"), "int8") is None:
+            parser.error("this processor has no instructions for 8 bits (such as AVX512-VNNI) that torch makes use of")
         int8_beside_float32(given.runs)
     else:
         beside_references(given.device, given.runs)
