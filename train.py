@@ -38,6 +38,8 @@ def train(config: TrainConfig, folder: Path) -> float:
 
     Raises:
         InputError: something in the configuration cannot work. Nothing is written then.
+        RunStopped: under way; what is kept stays good.
+        Interrupted: by a signal; the same command goes on.
     """
     # Here, so that --help and a mistyped setting are answered without waiting for torch.
     with commandline.importing():
@@ -112,7 +114,8 @@ def train(config: TrainConfig, folder: Path) -> float:
     with run.claimed(), signals:
         if run.completed:  # by the process that it waited for
             return write_again(config, run)
-        checkpoint = run.begin(data.corpus, *find_resumable(run, model, data.corpus))
+        checkpoint, content = find_resumable(run, model, data.corpus)
+        run.begin(data.corpus, content.get("written", {}))
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.
             memory = within_memory(model, data, trainer.strategy.root_device)

@@ -15,7 +15,7 @@ import yaml
 from measurement import Table, machine
 
 from charlm.checkpoint import open_checkpoint
-from charlm.config import _SCHEMAS as SCHEMAS
+from charlm.config import SCHEMAS
 from charlm.corpus import load_corpus
 from charlm.decode_cpu import Steps, Weights, product_of
 from charlm.network import CharRNN

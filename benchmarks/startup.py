@@ -26,7 +26,7 @@ def first_step() -> float:
     """Return the seconds from the command to the first training step; the run ends there."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "run" / "metrics.csv"
-        settings = (f"hydra.run.dir={metrics.parent}", "logger=none", "trainer.log_every_n_steps=1")
+        settings = (f"hydra.run.dir={metrics.parent}", "logger=csv", "trainer.log_every_n_steps=1")
         begun = time.perf_counter()
         with subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *settings],

@@ -95,7 +95,7 @@ def measure(way: str, size: int) -> dict[str, Any]:
 
     from charlm.copying import find_copying
     from charlm.corpus import Corpus
-    from charlm.text_metrics import TrainingText, distinct_ngrams, loop_rate
+    from charlm.text_metrics import TrainingText, distinct_4grams, loop_rate
     from charlm.vocabulary import Vocabulary, code_points
 
     text, samples = texts(size)
@@ -113,7 +113,7 @@ def measure(way: str, size: int) -> dict[str, Any]:
         case "real words":
             found = training.real_words(samples)
         case "loops, 4-grams":
-            found = [(loop_rate(sample), distinct_ngrams(sample)) for sample in samples]
+            found = [(loop_rate(sample), distinct_4grams(sample)) for sample in samples]
         case "str.find":
             found = [longest_by_find(sample, text) for sample in samples]
         case "automaton":

@@ -38,8 +38,7 @@ from charlm.config import TrainConfig, register
 from charlm.datamodule import CharDataModule
 from charlm.manual import ManualCharLM
 from charlm.module import CharLM
-from charlm.module import _detached as detached
-from charlm.network import sized
+from charlm.network import detached, sized
 from charlm.trainer import build_trainer, choose_precision
 from charlm.windows import Batch
 
@@ -244,7 +243,7 @@ def main() -> None:
             f"model.num_layers={layers}",
             f"data.batch_size={batch}",
             f"data.order={order}",
-            "logger=none",
+            "logger=csv",
             *given.override,
         )
 

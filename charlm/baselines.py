@@ -1,6 +1,7 @@
 """What a test figure stands beside: two compressors, and an n-gram model of the same training text.
 
-A model that predicts a text well would compress it well, to as many bits as its loss says (Shannon, 1948). So what a
+A model that predicts a text well would compress it well, to as many bits as its loss says (Shannon, "A mathematical
+theory of communication", 1948). So what a
 compressor makes of the test text is a bound that a model should stay far below; an n-gram model, which only counts, is
 what a network has to beat to have learnt more than which characters follow which.
 """

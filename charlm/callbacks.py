@@ -41,7 +41,7 @@ class Callbacks(NamedTuple):
 def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_bar: bool) -> Callbacks:
     """Return what shall happen beside the training of a run."""
     checkpoints = Checkpoints(run, signals)
-    interval = config.trainer.get("log_every_n_steps") or 50
+    interval = config.trainer.get("log_every_n_steps", 50)
     training_log, finite = TrainingLog(interval), FiniteSteps(config.on_nonfinite, interval)
     decay = config.weight_average.decay
     average = None if decay is None else WeightAverage(decay)

@@ -37,7 +37,7 @@ from charlm.errors import InputError
 from charlm.finite import clip, withhold
 from charlm.manual import ManualCharLM
 from charlm.module import OPTIMIZERS
-from charlm.network import State
+from charlm.network import State, parts
 from charlm.windows import Batch, Starts, gather
 
 WARM_UP_STEPS = 3  # libraries choose their kernels and take their memory in the first ones
@@ -181,7 +181,7 @@ class CapturedCharLM(ManualCharLM):
         """Take a few steps, and then everything back: what they leave is kernels chosen and an optimizer with state."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = scaler.state_dict() if scaler else None
-        places = [*self.parameters(), *_parts(self.carried), self._loss_sum, self._losses, self.withheld]
+        places = [*self.parameters(), *parts(self.carried), self._loss_sum, self._losses, self.withheld]
         drawn = self.network.regularizer.cudnn_dropout.state
         places += [] if drawn is None else [drawn]
         before = [place.detach().clone() for place in places]
@@ -221,20 +221,19 @@ class CapturedCharLM(ManualCharLM):
         if scaler:
             scaler.unscale_(optimizer)
         finite = clip(self.parameters(), *self._clip).isfinite()
-        if not scaler:
+        if scaler:  # which leaves out a step of its own accord
+            if "fused" in self.optimizer_flags:  # asks the device itself whether a gradient overflowed
+                scaler.step(optimizer)
+            else:
+                _step_unless_overflowed(optimizer, scaler)
+            scaler.update()
+        else:
             self.withheld += ~finite
             withhold(optimizer, finite)
-        if not scaler:
             optimizer.step()
-        elif "fused" in self.optimizer_flags:  # asks the device itself whether a gradient overflowed
-            scaler.step(optimizer)
-        else:
-            _step_unless_overflowed(optimizer, scaler)
-        if scaler:
-            scaler.update()
         with torch.no_grad():
             self._count_loss(loss.detach())
-            for place, value in zip(_parts(self.carried), _parts(state), strict=False):
+            for place, value in zip(parts(self.carried), parts(state), strict=False):
                 place.copy_(value)
 
     # --- replaying --------------------------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ class CapturedCharLM(ManualCharLM):
         assert self._replay is not None
         self._given.copy_(batch.starts if isinstance(batch, Starts) else batch.tokens)
         if batch.fresh:
-            for part in _parts(self.carried):
+            for part in parts(self.carried):
                 part.zero_()
         rate = optimizer.param_groups[0]["lr"]
         if rate != self._rate_set:
@@ -267,7 +266,8 @@ class CapturedCharLM(ManualCharLM):
 
 
 def average_over_ranks(parameters: Iterable[nn.Parameter], ranks: int) -> None:
-    """Give each rank the mean of the ranks' gradients, as DistributedDataParallel does (Li et al., 2020), in one
+    """Give each rank the mean of the ranks' gradients, as DistributedDataParallel does (Li et al., "PyTorch
+    Distributed", 2020), in one
     message.
     """
     given = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -289,9 +289,3 @@ def _step_unless_overflowed(optimizer: Optimizer, scaler: torch.amp.GradScaler) 
     optimizer.step()
     for place, value in zip(places, before, strict=True):
         place.copy_(torch.where(overflowed > 0, value, place))
-
-
-def _parts(state: State | None) -> tuple[Tensor, ...]:
-    if state is None:
-        return ()
-    return state if isinstance(state, tuple) else (state,)

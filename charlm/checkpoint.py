@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from charlm.config import ModelConfig
-from charlm.errors import InputError
+from charlm.errors import InputError, first_line
 from charlm.files import write_whole
 from charlm.module import CharLM
 from charlm.network import CharRNN
@@ -57,7 +57,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name} is not available here: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device={name} is not available here: {first_line(error)}") from None
     return device
 
 
@@ -134,10 +134,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise _refusal(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise _refusal(path, first_line(error)) from None
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
         raise _refusal(path, "it holds no weights with their sizes")
-    _on_no_device(path, content["hyper_parameters"], content["state_dict"])
+    _check_sizes(path, content["hyper_parameters"], content["state_dict"])
     return content
 
 
@@ -157,11 +157,11 @@ def _verify(path: Path, file: BinaryIO) -> None:
                 raise _refusal(path, "it holds more than tensors and plain values, such as code")
 
 
-def _on_no_device(path: Path, hyper_parameters: Any, weights: Any) -> CharLM:
-    """Return the model that the sizes describe, without memory for its weights, if `weights` fit it.
+def _check_sizes(path: Path, hyper_parameters: Any, weights: Any) -> None:
+    """Refuse sizes that make no sense or that `weights` do not fit, before any memory is taken for them.
 
     Raises:
-        InputError: they do not, or the sizes make no sense.
+        InputError: they are such.
     """
     try:
         signature = inspect.signature(CharRNN).parameters
@@ -178,13 +178,12 @@ def _on_no_device(path: Path, hyper_parameters: Any, weights: Any) -> CharLM:
         with torch.device("meta"):
             model = CharLM(**hyper_parameters)
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise _refusal(path, str(error).splitlines()[0]) from None
+        raise _refusal(path, first_line(error)) from None
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for name in sorted({*shapes, *weights}):
         there, expected = weights[name].shape if name in weights else None, shapes.get(name)
         if there != expected:
             raise _refusal(path, f"{name} is {_shape(there)}, not {_shape(expected)}")
-    return model
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import errno
 import gc
 import io
@@ -11,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,11 +25,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from charlm.console import printable
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, RunStopped, first_line, install, nearest
 from charlm.pool import follow_pool
 
 BAD_INPUT, STOPPED = 2, 1  # exit codes
-# Groups of which nothing is chosen by default. Hydra has them in its list and refuses the +, out of habit given before.
+# Optional groups, null in conf/train.yaml's defaults. Hydra refuses the + that many type before them; it is dropped.
 _OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
 _PATHS = ("hydra.run.dir", "hydra.sweep.dir", "output", "prompt_file", "runs")  # ~ is expanded where others are read
 _GROUPS = ("data", "model", "optimizer", "trainer", "logger")  # of which there is always one choice
@@ -171,8 +170,12 @@ def command(folder: Path) -> list[str]:
     if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
         return [Path(sys.argv[0]).name, *sys.argv[1:]]
     hydra = HydraConfig.get()
-    told = [override for override in hydra.overrides.task if override.lstrip("+").partition("=")[0] != "sweep"]
-    return [f"{hydra.job.name}.py", *told, f"hydra.run.dir={_quoted(str(folder))}"]
+    return [f"{hydra.job.name}.py", *without_sweep(hydra.overrides.task), f"hydra.run.dir={quoted(str(folder))}"]
+
+
+def without_sweep(overrides: Iterable[str]) -> list[str]:
+    """Return a job's overrides but the choice of a sweep: they are those of its training alone."""
+    return [override for override in overrides if override.lstrip("+").partition("=")[0] != "sweep"]
 
 
 def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
@@ -238,10 +241,11 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     if key in _PATHS:
         value = os.path.expanduser(value)  # a shell leaves the ~ of name=~/folder to the program
     literal = not key.startswith("hydra.")  # folders, which Hydra's users make of ${now:%H-%M} and such
-    return f"{key}={_quoted(value, literal)}"
+    return f"{key}={quoted(value, literal)}"
 
 
-def _quoted(text: str, literal: bool = True) -> str:
+def quoted(text: str, literal: bool = True) -> str:
+    """Return a value as Hydra reads it back, whatever is in it; where it is not literal, `${}` keeps its meaning."""
     return QuotedString(text=text.replace("${", chr(92) + "${") if literal else text, quote=Quote.double).with_quotes()
 
 
@@ -250,9 +254,7 @@ def _one_line(error: Exception) -> str:
     match cause:
         case MissingConfigException() if cause.missing_cfg_file in _PLUGINS:
             extra = _PLUGINS[cause.missing_cfg_file]
-            command = f"pip install -c constraints.txt -e '.[{extra}]'"
-            if extra == "ray":  # needs older versions of others
-                command = "make setup-ray"
+            command = install(extra) if extra != "ray" else "make setup-ray"  # which needs older versions of others
             text = f"{extra} is not installed; `{command}` does that"
         case MissingConfigException() if cause.missing_cfg_file:
             options = [option for option in cause.options or () if not option.endswith("_schema")]
@@ -261,7 +263,7 @@ def _one_line(error: Exception) -> str:
         case OverrideParseException() if "=" not in cause.override:
             text = f"{cause.override!r} is not of the form name=value"
         case OverrideParseException():
-            text = f"cannot read {cause.override!r}: {_first_line(cause.message)}; quote the value, as in 'key=\"a b\"'"
+            text = f"cannot read {cause.override!r}: {first_line(cause)}; quote the value, as in 'key=\"a b\"'"
         case ConfigCompositionException() if str(cause).startswith("Ambiguous value for argument"):
             argument = str(cause).split("'")[1]
             key, _, value = argument.partition("=")
@@ -271,14 +273,10 @@ def _one_line(error: Exception) -> str:
         case ValidationError() if cause.full_key and "is not a ListConfig" in str(cause):
             text = f"{cause.full_key} is a list: write it in brackets, as in '{cause.full_key}=[a,b]'"
         case OmegaConfBaseException() if cause.full_key:
-            text = f"{cause.full_key}: {_first_line(str(cause))}"
+            text = f"{cause.full_key}: {first_line(cause)}"
         case _:
             text = str(cause)
     return printable(" ".join(text.split()))
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""
 
 
 def _nearest(error: OmegaConfBaseException) -> str:
@@ -287,6 +285,6 @@ def _nearest(error: OmegaConfBaseException) -> str:
         return " with data=python_docs; choose another source with it: data=text, csv, jsonl, ..."
     parent = error.parent_node
     names = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-    near = difflib.get_close_matches(str(error.key), names, n=1)
+    near = nearest(str(error.key), names)
     prefix = str(error.full_key).rpartition(".")[0]
-    return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "; see --help for what there is"
+    return f"; did you mean {prefix + '.' if prefix else ''}{near}?" if near else "; see --help for what there is"

@@ -8,7 +8,6 @@ imports torch: `--help` and a mistyped key answer at once.
 from __future__ import annotations
 
 import atexit
-import difflib
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from charlm.errors import InputError
+from charlm.errors import InputError, nearest
 
 
 def _check(ok: bool, what: str) -> None:
@@ -34,8 +33,8 @@ def _check(ok: bool, what: str) -> None:
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(value, choices)
+        hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
 
 
@@ -561,11 +560,13 @@ class TrainConfig:
             str(key): _plain(cfg.trainer[key]) for key in cfg.trainer if not OmegaConf.is_missing(cfg.trainer, key)
         }
         apart = ("trainer", "capture", "resolved")
-        rooms = {name: _object(cfg, name) for name in cls.__annotations__ if name not in apart}
-        resolved = {name: room if isinstance(room, int | str) else asdict(room) for name, room in rooms.items()}
+        sections = {name: _object(cfg, name) for name in cls.__annotations__ if name not in apart}
+        resolved = {
+            name: section if isinstance(section, int | str) else asdict(section) for name, section in sections.items()
+        }
         arguments = {name: value for name, value in trainer.items() if name != "capture"}
         capture = trainer.get("capture", "auto")
-        return cls(**rooms, trainer=arguments, capture=capture, resolved={**resolved, "trainer": trainer})
+        return cls(**sections, trainer=arguments, capture=capture, resolved={**resolved, "trainer": trainer})
 
     @property
     def run_name(self) -> str:
@@ -583,8 +584,15 @@ class TrainConfig:
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
         _one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-        _at_least(1, **self._given("accumulate_grad_batches", "check_val_every_n_epoch"))
-        _at_least(0, **self._given("log_every_n_steps", "min_steps", "min_epochs", "gradient_clip_val"))
+        for group, key in (("data", "source"), ("logger", "name")):
+            section = getattr(self, group)
+            chosen = getattr(section, key)
+            _check(
+                SCHEMAS[group].get(chosen) is type(section),
+                f"{group}.{key}={chosen} is not what {group}=NAME chose; leave it out",
+            )
+        _at_least(1, **self._given("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"))
+        _at_least(0, **self._given("min_steps", "min_epochs", "gradient_clip_val"))
         _at_least(-1, **self._given("max_steps", "max_epochs", "num_sanity_val_steps"))
         for name, value in self._given("max_steps", "max_epochs").items():
             _check(value != 0, f"{name}=0 would train nothing; set it to 1 or more, or to -1 for no bound")
@@ -667,8 +675,8 @@ def _refuse_added(cfg: DictConfig, schema: type, prefix: str = "") -> None:
         if not prefix and key == "hydra":
             continue
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
+            near = nearest(key, known)
+            hint = f"did you mean {prefix}{near}?" if near else "see --help for what there is"
             raise InputError(f"there is no setting {prefix}{key}, with a + or without; {hint}")
         kind = OmegaConf.get_type(cfg, key)
         if kind is not None and is_dataclass(kind):
@@ -685,7 +693,7 @@ def _object(cfg: DictConfig, name: str) -> Any:
         raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE") from None
 
 
-_SCHEMAS: dict[str, dict[str, type]] = {
+SCHEMAS: dict[str, dict[str, type]] = {
     "data": {
         "python_docs": PythonDocsConfig,
         "text": TextConfig,
@@ -696,7 +704,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "torchtext": TorchtextConfig,
     },
     "optimizer": {"adam": AdamConfig, "rmsprop": RMSpropConfig, "sgd": SGDConfig},
-    "logger": {"wandb": WandbConfig},
+    "logger": {"csv": LoggerConfig, "wandb": WandbConfig},
 }
 
 
@@ -705,7 +713,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(name="sample_schema", node=SampleConfig)
-    for group, schemas in _SCHEMAS.items():
+    for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("unless", lambda other, value: value if other is None else None, replace=True)

@@ -137,7 +137,7 @@ def _build(source: Source, file: Path | None) -> tuple[Ids, dict[str, Any]]:
 def _vocabulary(draft: Draft, train: list[Segment], counts: npt.NDArray[np.int64], config: DataConfig) -> Vocabulary:
     """Return the vocabulary of the training split, whose ids have these `counts`."""
     if config.vocabulary == "code_points":
-        return Vocabulary.of([draft.alphabet[counts > 0]])
+        return Vocabulary.of(draft.alphabet[counts > 0])
     order = by_first_appearance(draft.block, _merged(train), counts > 0)
     characters = [END if code == END_CODE else chr(code) for code in draft.alphabet[order]]
     return Vocabulary(torchtext_bridge.symbols_of(dict(zip(characters, counts[order].tolist(), strict=True))))

@@ -11,9 +11,8 @@ import importlib.util
 import sys
 from typing import Any
 
-from charlm.errors import InputError, LibraryErrors
+from charlm.errors import InputError, LibraryErrors, install
 
-INSTALL = "pip install -c constraints.txt -e '.[dashboard]'"
 TEMPERATURES = ("0", "0.3", "0.8", "1", "1.3", "1.8")  # those of conf/train.yaml, and greedy
 
 
@@ -130,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if not importlib.util.find_spec("wandb_workspaces"):
-            raise InputError(f"wandb-workspaces is not installed: `{INSTALL}`")
+            raise InputError(f"wandb-workspaces is not installed: `{install('dashboard')}`")
         if not find_credentials():
             raise InputError("there are no credentials for W&B; `wandb login` once")
         with LibraryErrors("W&B does not save the workspace", "see to the connection, --entity and --project"):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from charlm.draw import draw_prepared, prepared
+from charlm.draw import draw, prepared
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, Ids
 
@@ -78,7 +78,7 @@ def decode(
 
     def write(count: int) -> None:
         for k in range(count):
-            draw_prepared(steps.logits, steps.logits / temperature, given[k], top_k, top_p, out=drawn[k])
+            draw(steps.logits, steps.logits / temperature, given[k], top_k, top_p, out=drawn[k])
             steps.read(written.index_select(0, drawn[k]))
         steps.settle()
 

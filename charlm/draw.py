@@ -6,7 +6,7 @@ neural text degeneration", 2020) the fewest whose probabilities at this temperat
 random number falls in the cumulative distribution.
 
 Twice: `draw` for a GPU, where each operation is a kernel, and `Drawer` for a CPU, where numpy's small calls take a
-fifth of the time of torch's. They choose alike.
+fifth of the time of torch's. They choose alike. `prepared` makes of temperatures and random numbers what both take.
 
 Legend: B samples side by side, V characters to choose from.
 """
@@ -24,27 +24,6 @@ COLDEST = 1e-30
 LARGEST_UNIFORM = 1 - 2**-24
 
 
-def draw(
-    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Choose the next character of each sample.
-
-    Args:
-        logits: shape (B, V); minus infinity rules a character out.
-        temperature: of each sample, shape (B,).
-        uniform: random numbers in [0, 1), shape (B,); the choice is the inverse of the cumulative distribution there.
-        top_k: None keeps all.
-        top_p: None keeps all.
-
-    Returns:
-        Ids, shape (B,).
-    """
-    temperature, uniform = prepared(temperature, uniform)
-    scaled = logits.to(temperature) / temperature[:, None]
-    scaled = scaled.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # -inf / inf is ruled out as well
-    return draw_prepared(logits, scaled, uniform, top_k, top_p)
-
-
 def prepared(temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Return temperature and random numbers, any shape that fits, with greedy as a case like all others.
 
@@ -55,7 +34,7 @@ def prepared(temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return temperature.to(exact).clamp(min=COLDEST), uniform.clamp(max=LARGEST_UNIFORM)
 
 
-def draw_prepared(
+def draw(
     logits: Tensor,
     scaled: Tensor,
     uniform: Tensor,
@@ -63,8 +42,18 @@ def draw_prepared(
     top_p: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Do what `draw` does, with the logits over the temperature and what else `prepared` returned, in as few kernels as
-    can be. Nothing in it waits for the device. The ids go into `out`, where it is given.
+    """Choose the next character of each sample, in as few kernels as can be. Nothing in it waits for the device.
+
+    Args:
+        logits: finite, shape (B, V).
+        scaled: the logits over the temperature, prepared, same shape.
+        uniform: random numbers, prepared, shape (B,); the choice is the inverse of the cumulative distribution there.
+        top_k: None keeps all.
+        top_p: None keeps all.
+        out: where the ids go, if it is given.
+
+    Returns:
+        Ids, shape (B,).
     """
     if top_k is not None and top_k < logits.shape[1]:
         scaled = scaled.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)

@@ -5,7 +5,9 @@ The command line prints that line without a traceback; every other exception is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import signal
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -17,6 +19,14 @@ class RunStopped(RuntimeError):
 
     The exit code is 1, and what the run has kept stays good.
     """
+
+
+class Interrupted(SystemExit):
+    """A signal ended a run or a sweep; the exit code is the usual one, 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
 
 
 class LibraryErrors:
@@ -44,6 +54,21 @@ class LibraryErrors:
 def reason(error: BaseException, longest: int = 300) -> str:
     """Return what another library's exception says, in one line of at most `longest` characters."""
     return shortened(" ".join(str(error).split()).rstrip(".") or type(error).__name__, longest)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says: torch's go on with advice, and with a stack of C++ calls."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def install(extra: str) -> str:
+    """Return the command that installs what an extra of pyproject.toml names."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def listed(names: Sequence[object], most: int = 10) -> str:

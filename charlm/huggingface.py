@@ -16,7 +16,7 @@ from typing import Any
 
 from charlm.cache import cache_folder
 from charlm.config import HuggingFaceConfig
-from charlm.errors import InputError, LibraryErrors, listed
+from charlm.errors import InputError, LibraryErrors, install, listed
 from charlm.sources import Piece, Source, split_named
 
 log = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _load() -> Any:
         library: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise InputError(
-            f"data=huggingface needs the library datasets ({error}); install it: pip install -c constraints.txt -e "
-            "'.[huggingface]'"
+            f"data=huggingface needs the library datasets ({error}); install it: {install('huggingface')}"
         ) from None
     library.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the Hub of local files being read, too
     hub = importlib.import_module("huggingface_hub.utils")

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from filelock import FileLock, Timeout
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from charlm.commandline import quoted, without_sweep
 from charlm.config import TrainConfig, WandbConfig
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, Interrupted, RunStopped
 from charlm.files import LOCK, read_result
-from charlm.monitor import Monitor, ReportWriter, Row
-from charlm.pool import Interrupted, Pool, Task, visible_gpus, wanted_gpus
+from charlm.monitor import Monitor, Row
+from charlm.pool import Pool, Task, visible_gpus, wanted_gpus
+from charlm.report import ReportWriter
 from charlm.sampled import Sampled, drawn_with
 
 log = logging.getLogger(__name__)
@@ -309,9 +310,8 @@ class PoolLauncher(Launcher):
         flags = [f"--config-name={hydra.job.config_name}"] if named else []
         flags += [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
         kept = [override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(OF_THE_SWEEP)]
-        task = [o for o in filter_overrides(training.jobs[0].overrides) if o.lstrip("+").partition("=")[0] != "sweep"]
-        folder = QuotedString(text=str(training.folder), quote=Quote.double).with_quotes()
-        return [sys.executable, sys.argv[0], *flags, *kept, *task, f"hydra.run.dir={folder}"]
+        task = without_sweep(filter_overrides(training.jobs[0].overrides))
+        return [sys.executable, sys.argv[0], *flags, *kept, *task, f"hydra.run.dir={quoted(str(training.folder))}"]
 
     def _run(self, batch: Sequence[Training], jobs: int) -> bool:
         """Run what is not done; return whether that was anything."""

@@ -76,7 +76,7 @@ def within_memory(model: CharLM, data: CharDataModule, device: torch.device) -> 
 _SIGNS = ("CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
-def batch_size_that_fits(model: CharLM, data: CharDataModule, device: torch.device, seen: int = 0) -> int:
+def batch_size_that_fits(model: CharLM, data: CharDataModule, device: torch.device, seen: int) -> int:
     """Return how many windows fit on a device beside the weights, by estimate; fewer than did not; or 0.
 
     Args:

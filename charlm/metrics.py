@@ -7,15 +7,15 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+RESAMPLES = 1000  # of a text, to see how much its mean loss varies
+
 
 def bits(nats: float) -> float:
     """Return nats as bits: nats per character are thus bits per character."""
     return nats / math.log(2)
 
 
-def bootstrap_standard_error(
-    nats: npt.NDArray[np.float64], characters: npt.NDArray[np.float64], resamples: int = 1000, seed: int = 0
-) -> float:
+def bootstrap_standard_error(nats: npt.NDArray[np.float64], characters: npt.NDArray[np.float64]) -> float:
     """Return the standard error of a mean loss per character, by resampling blocks of text.
 
     Neighbouring characters are not independent, so that blocks (here windows) are drawn with replacement, not
@@ -24,13 +24,11 @@ def bootstrap_standard_error(
     Args:
         nats: the loss summed over each block, shape (blocks,).
         characters: how many characters each block has, same shape.
-        resamples: how often the text is drawn anew.
-        seed: of the draws.
     """
     blocks = len(nats)
-    draw = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
+    draw = np.random.default_rng(0)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
         # How often each block is drawn says as much as the list of the draws, and is quicker to sum over.
         times = np.bincount(draw.integers(blocks, size=blocks), minlength=blocks)
         means[i] = (times @ nats) / (times @ characters)

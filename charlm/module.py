@@ -19,7 +19,7 @@ from torch import Tensor
 from charlm.datamodule import CharDataModule
 from charlm.finite import clip, withhold
 from charlm.metrics import bits, bootstrap_standard_error
-from charlm.network import CharRNN, State
+from charlm.network import CharRNN, State, detached
 from charlm.vocabulary import Vocabulary
 from charlm.windows import Batch
 
@@ -82,11 +82,12 @@ class CharLM(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the mean loss of a batch, in nats per character."""
         nats, state = self._score(batch, None if batch.fresh else self.carried)
-        self.carried = _detached(state)
+        self.carried = detached(state)
         loss = nats.mean()
         self._count_loss(loss.detach())
         return self.network.regularizer.penalized(loss)
 
+    # Lightning asks for the signature in each step; kept here, it need not be worked out anew.
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def take_mean_loss(self) -> Tensor:
@@ -266,9 +267,8 @@ class CharLM(L.LightningModule):
         values = {"loss": loss, "bpc": bits(loss), "bpb": bits(loss) / bytes_per_character, **more}
         metrics = {f"{stage}/{name}": float(value) for name, value in values.items()}
         self.record(metrics)
-        self.log_dict(
-            metrics, logger=False, sync_dist=True
-        )  # for checkpointing, early stopping and the caller of the trainer
+        # For checkpointing, early stopping and the caller of the trainer.
+        self.log_dict(metrics, logger=False, sync_dist=True)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Write metrics to every tracker, under the number of optimizer steps taken.
@@ -311,7 +311,3 @@ def schedule(
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
-
-
-def _detached(state: State) -> State:
-    return (state[0].detach(), state[1].detach()) if isinstance(state, tuple) else state.detach()

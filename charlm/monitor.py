@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -146,45 +145,3 @@ class Monitor:
         if len(kept) < len(rows):
             table.caption = f"and {len(rows) - len(kept)} more"
         return table
-
-
-class ReportWriter:
-    """Writes a sweep's report anew while the sweep goes on, beside it, so that nothing waits.
-
-    Args:
-        folder: the sweep's.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._thread: threading.Thread | None = None
-        self._ended = 0
-        self._again = 0.0  # time.monotonic()
-
-    def update(self, ended: int) -> None:
-        """Write it if more trainings have ended than when it was begun last; called as often as one likes.
-
-        It takes processor time from the trainings, so that it is not written for more than a tenth of the time.
-        """
-        writing = self._thread is not None and self._thread.is_alive()
-        if ended > self._ended and not writing and time.monotonic() >= self._again:
-            self._ended = ended
-            self._thread = threading.Thread(target=self._write, args=(False,), name="report", daemon=True)
-            self._thread.start()
-
-    def finish(self, pictures: bool) -> None:
-        """Write it for the last time."""
-        if self._thread is not None:
-            self._thread.join()
-        self._write(pictures)
-
-    def _write(self, pictures: bool) -> None:
-        begun = time.monotonic()
-        try:
-            from charlm.report import write_report
-
-            write_report(self._folder, pictures)
-        except Exception as error:  # it must not cost the sweep
-            log.warning(f"the report is not written: {type(error).__name__}: {error}")
-        now = time.monotonic()
-        self._again = now + 9 * (now - begun)

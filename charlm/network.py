@@ -39,6 +39,18 @@ _MULTIPLES_FROM = 128
 State = Tensor | tuple[Tensor, Tensor]  # (L, B, H), the LSTM's twice: hidden and cell
 
 
+def parts(state: State | None) -> tuple[Tensor, ...]:
+    """Return the tensors that a state is made of."""
+    if state is None:
+        return ()
+    return state if isinstance(state, tuple) else (state,)
+
+
+def detached(state: State) -> State:
+    """Return a state cut off from how it came about."""
+    return (state[0].detach(), state[1].detach()) if isinstance(state, tuple) else state.detach()
+
+
 class CharRNN(nn.Module):
     """A recurrent language model of characters.
 
@@ -47,7 +59,8 @@ class CharRNN(nn.Module):
         cell: "lstm", "gru" or "rnn" (tanh).
         hidden_size: H.
         num_layers: L.
-        dropout: share of units set to zero between layers and before the output (Zaremba et al., 2014).
+        dropout: share of units set to zero between layers and before the output (Zaremba et al.,
+            "Recurrent neural network regularization", 2014).
         embedding_size: I; 0 is one-hot input, I = V; None is one-hot up to 256 symbols, else an embedding of 128.
         one_hot_scale: what a one-hot vector has in its one place. The weights behind it begin smaller by as much, so
             that at first the same comes of them; but a step of the optimizer then changes it by as much more.
@@ -118,7 +131,7 @@ class CharRNN(nn.Module):
             # with 1. A step of Adam changes every weight by about as much: what the state says by that for each of its
             # units, what a character says by one column's alone. So a wide network learns it slowly unless it is scaled
             # (Yang and Hu, "Feature learning in infinite-width neural networks", 2021, give input weights a rate that
-            # grows with the width). LSTM 256, 1,200 steps: val 1.131 nats with a scale of 8, 1.167 with 1 (RESULTS.md).
+            # grows with the width). LSTM 256, 1,200 steps: val 1.131 nats with a scale of 8, 1.164 with 1 (RESULTS.md).
             nn.init.normal_(self.rnn.weight_ih_l0, std=2.0 / scale)
 
     def _widen_upper_layers(self) -> None:
@@ -133,7 +146,8 @@ class CharRNN(nn.Module):
     def _open_forget_gates(self) -> None:
         hidden_size = self.rnn.hidden_size
         if isinstance(self.rnn, nn.LSTM):
-            # A forget gate that begins open carries gradients far (Jozefowicz et al., 2015). Gate order: i, f, g, o.
+            # A forget gate that begins open carries gradients far (Jozefowicz et al., "An empirical exploration of
+            # recurrent network architectures", 2015). Gate order: i, f, g, o.
             for layer in range(self.rnn.num_layers):
                 getattr(self.rnn, f"bias_ih_l{layer}").data[hidden_size : 2 * hidden_size] = 1.0
                 getattr(self.rnn, f"bias_hh_l{layer}").data[hidden_size : 2 * hidden_size] = 0.0

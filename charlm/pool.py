@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from charlm.errors import Interrupted
+
 POLL = 0.05  # seconds
 GRACE = 30.0  # seconds that a task may take to end once it is asked to, before it is killed
 LEFTOVER_GRACE = 2.0  # seconds for what is left of a group whose leader has ended
@@ -54,10 +56,6 @@ class Task:
     exit_code: int | None = field(default=None, init=False)  # negative: the signal that ended it
     timed_out: bool = field(default=False, init=False)
 
-    @property
-    def running(self) -> bool:
-        return self.began is not None and self.ended is None
-
 
 @dataclass
 class _Process:
@@ -65,13 +63,6 @@ class _Process:
     process: subprocess.Popen[bytes]
     gpus: list[str]
     kill_at: float | None = None
-
-
-class Interrupted(SystemExit):
-    """The pool was told to stop by a signal; `code` is the shell's for it, 128 + its number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
 
 
 class Pool:

@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from charlm.errors import RunStopped
+from charlm.errors import RunStopped, first_line
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def watched(trainer: L.Trainer, on_death: Callable[[str], None]) -> Iterator[Non
         if dead or connection:
             if trainer.strategy.root_device.type == "cuda":
                 atexit.register(_leave)
-            raise RunStopped(dead or f"lost the connection to another rank: {_first_line(error)}") from None
+            raise RunStopped(dead or f"lost the connection to another rank: {first_line(error)}") from None
         raise
     finally:
         over.set()
@@ -117,7 +117,3 @@ def _end(processes: list[subprocess.Popen[bytes]], patience: float = GRACE) -> N
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -41,7 +41,8 @@ class Regularizer(nn.Module):
         embedding_dropout: share of the vocabulary's characters that a row of a batch does not see: their whole input is
             zero (Gal and Ghahramani, 2016).
         weight_dropout: share of each recurrent matrix' weights set to zero, one draw for the whole batch (DropConnect:
-            Wan et al., 2013; Merity et al., "Regularizing and optimizing LSTM language models", 2018).
+            Wan et al., "Regularization of neural networks using DropConnect", 2013; Merity et al., "Regularizing and
+            optimizing LSTM language models", 2018).
         activation: the loss gains this times the mean square of the last layer's output behind its dropout ("AR":
             Merity et al., "Revisiting activation regularization for language RNNs", 2017).
         temporal_activation: and this times the mean square of its change from character to character ("TAR", the same).

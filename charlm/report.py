@@ -14,6 +14,7 @@ import importlib.util
 import io
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from charlm.console import heading, printable
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, RunStopped, install
 from charlm.files import write_whole
 from charlm.results import Result, read_results, table, varied
 
 log = logging.getLogger(__name__)
-
-INSTALL = "pip install -c constraints.txt -e '.[report]'"
 
 
 def write_report(folder: Path, pictures: bool = True) -> None:
@@ -63,7 +62,7 @@ def write_report(folder: Path, pictures: bool = True) -> None:
 
 @cache
 def _say_what_is_missing() -> None:
-    log.warning(f"report.html is not written: `{INSTALL}` installs what draws it")  # once, not after each job
+    log.warning(f"report.html is not written: `{install('report')}` installs what draws it")  # once, not after each job
 
 
 def can_draw() -> bool:
@@ -162,6 +161,46 @@ def _vegalite() -> str:
     return ".".join(altair.SCHEMA_VERSION.split(".")[:2])
 
 
+class ReportWriter:
+    """Writes a sweep's report anew while the sweep goes on, beside it, so that nothing waits.
+
+    Args:
+        folder: the sweep's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._ended = 0
+        self._again = 0.0  # time.monotonic()
+
+    def update(self, ended: int) -> None:
+        """Write it if more trainings have ended than when it was begun last; called as often as one likes.
+
+        It takes processor time from the trainings, so that it is not written for more than a tenth of the time.
+        """
+        writing = self._thread is not None and self._thread.is_alive()
+        if ended > self._ended and not writing and time.monotonic() >= self._again:
+            self._ended = ended
+            self._thread = threading.Thread(target=self._write, args=(False,), name="report", daemon=True)
+            self._thread.start()
+
+    def finish(self, pictures: bool) -> None:
+        """Write it for the last time."""
+        if self._thread is not None:
+            self._thread.join()
+        self._write(pictures)
+
+    def _write(self, pictures: bool) -> None:
+        begun = time.monotonic()
+        try:
+            write_report(self._folder, pictures)
+        except Exception as error:  # it must not cost the sweep
+            log.warning(f"the report is not written: {type(error).__name__}: {error}")
+        now = time.monotonic()
+        self._again = now + 9 * (now - begun)
+
+
 def main() -> None:
     """Write the report of a folder anew."""
     parser = argparse.ArgumentParser(prog="python -m charlm.report", description="Write sweep.csv and report.html.")
@@ -174,7 +213,7 @@ def main() -> None:
         if not read_results(folder):
             raise InputError(f"{folder} has no runs below it; a run's folder has a config.yaml")
         if not can_draw():
-            raise InputError(f"report.html needs packages that are not installed: `{INSTALL}`")
+            raise InputError(f"report.html needs packages that are not installed: `{install('report')}`")
         write_report(folder)
     except (InputError, RunStopped) as error:
         print(f"charlm.report: error: {error}", file=sys.stderr)

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from charlm.checkpoint import read_checkpoint
 from charlm.corpus import Corpus
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, Interrupted, RunStopped
 from charlm.files import flush_folder
 from charlm.module import CharLM
 from charlm.network import State
 from charlm.provenance import confirm_text
 from charlm.run import Run
-from charlm.signals import Interrupted, Signals
+from charlm.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ def find_resumable(run: Run, model: CharLM, corpus: Corpus) -> tuple[Path | None
             log.warning(f"{reason}; going on from {path.name}, the one before")
         return path, content
     if refused:
-        raise InputError(
-            f"{run.folder} cannot be gone on with: {'; '.join(refused)}; to train anew, choose another folder"
-        )
+        raise InputError(f"{run.folder} cannot be resumed: {'; '.join(refused)}; to train anew, choose another folder")
     return None, {}
 
 
@@ -317,7 +315,7 @@ def _for_other_ranks(checkpoint: dict[str, Any], trainer: L.Trainer) -> list[dic
     there, here = checkpoint["windows_a_step"], _windows_a_step(trainer)
     ranks, size = checkpoint["ranks"], trainer.world_size
     log.warning(
-        f"begun on {len(ranks)} devices with {there} windows a step, goes on on {size} with {here}"
+        f"begun on {len(ranks)} devices with {there} windows a step, resumes on {size} with {here}"
         + ("" if there == here else f"; data.batch_size={there // size} keeps the steps as they were")
     )
     loop = checkpoint["loops"]["fit_loop"]

@@ -29,11 +29,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
 from charlm.corpus import Corpus
-from charlm.errors import InputError, RunStopped
+from charlm.errors import InputError, Interrupted, RunStopped
 from charlm.files import LOCK, RESULT, SWEEP_FILE, read_names, read_result, unreadable, write_whole
 from charlm.provenance import record_text
 from charlm.sampled import Sampled
-from charlm.signals import Interrupted, requeue
+from charlm.signals import requeue
 
 log = logging.getLogger(__name__)
 
@@ -122,22 +122,17 @@ class Run:
         except (OSError, ValueError, IndexError) as error:
             raise unreadable(self.metrics, error) from None
 
-    def begin(self, corpus: Corpus, checkpoint: Path | None, content: Mapping[str, Any]) -> Path | None:
+    def begin(self, corpus: Corpus, written: Mapping[str, int]) -> None:
         """Write what the run was told, and keep of its rows those that its checkpoint knows: the others come again.
 
         Args:
             corpus: what it is trained on.
-            checkpoint: what it goes on from.
-            content: what that holds.
-
-        Returns:
-            The checkpoint.
+            written: how many bytes of each file the checkpoint knows, by the file's name; see `written`.
 
         Raises:
             InputError: the folder cannot be written to.
         """
         if _on_first_rank():
-            written = content.get("written", {})
             with _refusing():
                 for path in self.folder.rglob("*.part"):  # of a program that was killed while writing
                     path.unlink()
@@ -149,7 +144,6 @@ class Run:
                         path.unlink(missing_ok=True)
                     elif path.exists() and path.stat().st_size > written[path.name]:
                         os.truncate(path, written[path.name])
-        return checkpoint
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

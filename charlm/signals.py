@@ -13,15 +13,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+from charlm.errors import Interrupted
+
 log = logging.getLogger(__name__)
-
-
-class Interrupted(SystemExit):
-    """A signal ended the run; the exit code is the usual one, 128 and the signal's number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number)
 
 
 def requeue() -> None:

@@ -22,7 +22,7 @@ import os
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -100,7 +100,7 @@ def find_source(config: DataConfig) -> Source:
         case AgNewsConfig():
             from charlm.ag_news import find_files
 
-            return Files(config, list(find_files(config.path, config.cache_dir)))
+            return Files(config, find_files(config.path, config.cache_dir))
         case TextConfig():
             return Files(config, [(path, None) for path in _files(config.path)])
         case HuggingFaceConfig():
@@ -145,7 +145,7 @@ class Files(Source):
     """Files of one kind: text, tables or JSON lines."""
 
     config: TextConfig | AgNewsConfig
-    files: list[tuple[Path, str | None]]  # each with the split that it belongs to
+    files: Sequence[tuple[Path, str | None]]  # each with the split that it belongs to
 
     @property
     def size(self) -> int:

@@ -23,18 +23,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from charlm.commandline import refuse
+from charlm.commandline import quoted, refuse
 from charlm.config import TrainConfig
 from charlm.errors import InputError, RunStopped
 from charlm.files import LOCK, SWEEP_FILE, write_whole
 from charlm.launcher import PoolLauncher
-from charlm.monitor import ReportWriter
+from charlm.report import ReportWriter
 from charlm.results import read_results
 
 # Settings that make no other training.
@@ -128,10 +127,9 @@ class SweepFolder(Callback):
         if OmegaConf.select(config, "hydra.sweeper.storage") == f"sqlite:///{given / STUDY}":
             study.unlink(missing_ok=True)
         if folder != given:
-            quoted = QuotedString(text=str(folder), quote=Quote.double).with_quotes()
             with read_write(config), open_dict(config):
                 config.hydra.sweep.dir = str(folder)
-                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted}")
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write the report anew behind a job of a cluster's launcher, in the job's process: it may outlive the sweep's.

@@ -56,7 +56,7 @@ def measured(
     rows = list(rows)
     found = [
         {
-            "distinct_4grams": distinct_ngrams(row["text"]),
+            "distinct_4grams": distinct_4grams(row["text"]),
             "loop_rate": loop_rate(row["text"]),
             "entropy": entropy(network, *(vocabulary.encode(row[part]).tolist() for part in ("prompt", "text"))),
         }
@@ -79,14 +79,14 @@ def entropy(network: CharRNN, prompt: Sequence[int], text: Sequence[int]) -> flo
     return bits(float(before.mean()))
 
 
-def distinct_ngrams(text: str, n: int = 4) -> float:
-    """Return how many of a text's n-grams of characters are different ones, as a share of all.
+def distinct_4grams(text: str) -> float:
+    """Return how many of a text's 4-grams of characters are different ones, as a share of all.
 
     It is distinct-n (Li et al., "A diversity-promoting objective function for neural conversation models", 2016), there
     of words. It falls as a text grows: compare texts of one length.
     """
-    count = len(text) - n + 1
-    return len({text[i : i + n] for i in range(count)}) / count if count > 0 else math.nan
+    count = len(text) - 3
+    return len({text[i : i + 4] for i in range(count)}) / count if count > 0 else math.nan
 
 
 def loop_rate(text: str) -> float:

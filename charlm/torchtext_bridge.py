@@ -1,4 +1,4 @@
-"""torchtext, for who comes from it: its text datasets by their names, and vocabularies in its order.
+"""torchtext, for whoever comes from it: its text datasets by their names, and vocabularies in its order.
 
 Its development has ended. Its last release, 0.18, loads with torch 2.3 alone, so that it has an environment of its own;
 a checkpoint knows neither, and opens in either.

@@ -194,7 +194,8 @@ def device_name(trainer: L.Trainer) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{platform.machine()} {device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
     return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
 
 
@@ -214,7 +215,7 @@ def describe_result(figures: dict[str, float]) -> list[str]:
     if "baseline/ngram_loss" in figures:
         lines.append(
             "the same text: {baseline/ngram_order:.0f}-gram {baseline/ngram_loss:.4f} nats = {baseline/ngram_bpc:.4f} "
-            "bits; xz {baseline/xz_bpc:.2f} bits, behind the training text {baseline/xz_given_train_bpc:.2f}; bzip2 "
+            "bits; xz {baseline/xz_bpc:.2f} bits, given the training text {baseline/xz_given_train_bpc:.2f}; bzip2 "
             "{baseline/bzip2_bpc:.2f}".format(**figures)
         )
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -98,13 +98,9 @@ class Vocabulary:
         self._is_special = np.array([len(symbol) > 1 for symbol in self.symbols])
 
     @classmethod
-    def of(cls, codes: Iterable[npt.NDArray[np.integer]]) -> Vocabulary:
+    def of(cls, codes: npt.NDArray[np.integer]) -> Vocabulary:
         """Return the vocabulary of all that occurs in `codes`, in the order of the code points, `<eos>` at the end."""
-        counts = np.zeros(END_CODE + 1, dtype=np.int64)
-        for part in codes:
-            counts += np.bincount(part, minlength=END_CODE + 1)
-        found = np.flatnonzero(counts)
-        return cls([UNKNOWN, *(END if code == END_CODE else chr(code) for code in found)])
+        return cls([UNKNOWN, *(END if code == END_CODE else chr(code) for code in np.unique(codes))])
 
     def __len__(self) -> int:
         return len(self.symbols)

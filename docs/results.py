@@ -27,7 +27,7 @@ from charlm.results import Result, read_results
 
 PAGE = Path(__file__).parent.parent / "RESULTS.md"
 TABLE = re.compile(r"(<!-- table: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = ("network", "parameters", "test, nats", "test, bits", "windowed", "seeds", "seconds", "card", "command")
+COLUMNS = ("network", "parameters", "test, nats", "test, bits", "windowed", "seeds", "seconds", "device", "command")
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 ALONE = ("seed", "sampling.", "logger.", "evaluation.", "data.cache_dir", "data.path")  # what makes no other row
 
@@ -100,7 +100,7 @@ def baselines(runs: Sequence[Result]) -> str:
         if "baseline/ngram_loss" in run.end:
             return (
                 "The same test text: {baseline/ngram_order:.0f}-gram {baseline/ngram_loss:.4f} nats = "
-                "{baseline/ngram_bpc:.3f} bits; xz {baseline/xz_bpc:.2f} bits, behind the training text "
+                "{baseline/ngram_bpc:.3f} bits; xz {baseline/xz_bpc:.2f} bits, given the training text "
                 "{baseline/xz_given_train_bpc:.2f}; bzip2 {baseline/bzip2_bpc:.2f}.\n\n"
             ).format(**run.end)
     return ""

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from charlm.config import PythonDocsConfig, TextConfig
 from charlm.corpus import load_corpus
-from charlm.text_metrics import TrainingText, distinct_ngrams, loop_rate
+from charlm.text_metrics import TrainingText, distinct_4grams, loop_rate
 
 COLUMNS = {  # name, by how much it is multiplied, form
     "real_words": ("real words", 100, "{:.1f} %"),
-    "distinct_4grams": ("different 4-grams", 1, "{:.2f}"),
+    "distinct_4grams": ("distinct 4-grams", 1, "{:.2f}"),
     "loop_rate": ("in loops", 100, "{:.1f} %"),
     "longest_copy": ("longest copy", 1, "{:.0f}"),
     "copied": ("copied", 100, "{:.1f} %"),
@@ -41,7 +41,7 @@ def held_out(text: str, data: Mapping[str, Any], length: int) -> list[dict[str, 
     ]
     rows = TrainingText(corpus).measure(pieces)
     return [
-        {**row, "distinct_4grams": distinct_ngrams(piece), "loop_rate": loop_rate(piece)}
+        {**row, "distinct_4grams": distinct_4grams(piece), "loop_rate": loop_rate(piece)}
         for row, piece in zip(rows, pieces, strict=True)
     ]
 

@@ -32,8 +32,6 @@ from charlm.run import Run
 from charlm.trainer import build_trainer
 from charlm.windows import Batch, Starts, gather
 
-# Lightning 2.6 asks torch 2.13 a question in a way that torch is about to retire.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 everywhere = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=cuda)])
 

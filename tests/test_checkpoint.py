@@ -197,6 +197,17 @@ def test_claims_of_ten_gigabytes_are_refused(content: bytes, tmp_path: Path) -> 
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
+def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        open_checkpoint(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="no weights with their sizes"):
+        open_checkpoint(path)
+
+
 # --- which checkpoint a run goes on from --------------------------------------------------------------------------
 
 
@@ -204,7 +215,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def interrupted(composed: Composed, tiny: list[str], folder: Path, run: Path) -> None:
+def interrupted(folder: Path, run: Path) -> None:
     """Make `folder` one of a run that was interrupted before its end."""
     shutil.copytree(run, folder)
     (folder / "result.json").unlink()
@@ -214,7 +225,7 @@ def test_a_torn_last_checkpoint_is_named_and_the_one_before_is_used(
     run: Path, composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    interrupted(composed, tiny, folder, run)
+    interrupted(folder, run)
     spoil(folder / "checkpoints" / "last.ckpt")
     with caplog.at_level(logging.WARNING, "charlm"):
         train(composed(*tiny), folder)
@@ -228,7 +239,7 @@ def test_a_last_checkpoint_of_another_run_is_named_and_the_one_before_is_used(
     run: Path, composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    interrupted(composed, tiny, folder, run)
+    interrupted(folder, run)
     train(composed(*tiny, "model.hidden_size=20"), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "checkpoints" / "last.ckpt", folder / "checkpoints")
     with caplog.at_level(logging.WARNING, "charlm"):
@@ -240,11 +251,11 @@ def test_where_no_checkpoint_can_be_used_the_run_is_refused_and_all_stays(
     run: Path, composed: Composed, tiny: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    interrupted(composed, tiny, folder, run)
+    interrupted(folder, run)
     for name in ("last", "previous"):
         spoil(folder / "checkpoints" / f"{name}.ckpt")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="cannot be gone on with"):
+    with pytest.raises(InputError, match="cannot be resumed"):
         train(composed(*tiny), folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -253,9 +264,12 @@ def test_a_torn_best_checkpoint_is_named_and_the_next_best_counts(
     run: Path, composed: Composed, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    interrupted(composed, tiny, folder, run)
-    shutil.copy(folder / "checkpoints" / "previous.ckpt", folder / "checkpoints" / "last.ckpt")
-    (folder / "checkpoints" / "best.ckpt").unlink()
-    (folder / "checkpoints" / "best.ckpt").write_text("something else")
-    train(composed(*tiny), folder)
-    assert open_checkpoint(folder / "checkpoints" / "best.ckpt")
+    interrupted(folder, run)
+    last = torch.load(folder / "checkpoints" / "previous.ckpt")
+    last["best"] = {"loss": 0.0, "step": 5}  # an earlier one, whose file is torn
+    torch.save(last, folder / "checkpoints" / "last.ckpt")
+    spoil(folder / "checkpoints" / "best.ckpt")
+    with caplog.at_level(logging.WARNING, "charlm"):
+        train(composed(*tiny), folder)
+    assert "best.ckpt is not a checkpoint of charlm's" in caplog.text
+    assert read_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] == 20

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from charlm.cudnn_dropout import CudnnDropout
-from charlm.network import CELLS, CharRNN
+from charlm.network import CELLS, CharRNN, parts
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 every_cell = pytest.mark.parametrize("cell", list(CELLS))
@@ -21,10 +21,6 @@ def layers(cell: str, dropout: float, device: str) -> tuple[nn.RNNBase, Tensor]:
     torch.manual_seed(0)
     rnn: nn.RNNBase = CELLS[cell](INPUT, H, L, dropout=dropout, batch_first=True).to(device)
     return rnn, torch.randn(B, T, INPUT, device=device)
-
-
-def parts(state: Any) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 def kept(drawing: CudnnDropout) -> Tensor:

@@ -343,8 +343,9 @@ def cases() -> Iterator[tuple[torch.Tensor, list[float], torch.Tensor]]:
 def test_a_cpu_and_a_gpu_draw_alike(top_k: int | None, top_p: float | None) -> None:
     for logits, temperatures, uniform in cases():
         temperature = torch.tensor(temperatures, dtype=torch.float64)
-        expected = draw(logits, temperature, uniform, top_k, top_p).numpy()
-        cold, numbers = (part.numpy() for part in prepared(temperature, uniform))
+        temperature, uniform = prepared(temperature, uniform)
+        expected = draw(logits, logits / temperature[:, None], uniform, top_k, top_p).numpy()
+        cold, numbers = temperature.numpy(), uniform.numpy()
         together = Drawer(cold, 30, top_k, top_p)(logits.numpy(), numbers[:, None])
         assert np.array_equal(together, expected)
         for i in range(0, len(logits), 17):

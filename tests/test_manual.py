@@ -15,9 +15,6 @@ from charlm.manual import ManualCharLM, is_plain
 from charlm.module import OPTIMIZERS, CharLM
 from charlm.trainer import build_trainer
 
-# Lightning 2.6 asks torch 2.13 a question in a way that torch is about to retire.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
-
 
 def alike(first: tuple[Record, L.Trainer, CharLM], second: tuple[Record, L.Trainer, CharLM]) -> bool:
     """Return whether two trainings had the same losses, rates and steps and came to the same weights."""

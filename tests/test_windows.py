@@ -16,7 +16,6 @@ from charlm.windows import (
     Batch,
     Batches,
     LaneBatches,
-    Permutation,
     ShuffledBatches,
     Windows,
     evaluation_lanes,
@@ -50,11 +49,6 @@ def test_windows_begin_every_stride_and_cross_no_boundary(stride: int) -> None:
 
 def test_segments_shorter_than_a_window_have_none() -> None:
     assert len(Windows([(0, 5), (5, 15)], 10)) == 0
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 255, 256, 257, 5000])
-def test_an_order_is_a_permutation(size: int) -> None:
-    assert sorted(Permutation(size, (1, 2))(np.arange(size)).tolist()) == list(range(size))
 
 
 def shuffled(
