@@ -107,6 +107,7 @@ def train(config: TrainConfig, folder: Path) -> float:
         steps_per_epoch,
         asdict(config.regularization),
     )
+    trainer.precision_plugin.convert_module(model)  # now, so that a checkpoint is read into weights of that type
     if isinstance(model, ManualCharLM):
         model.take_over(trainer, data)
     describe(model, data, trainer)
@@ -114,7 +115,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     with run.claimed(), signals:
         if run.completed:  # by the process that it waited for
             return write_again(config, run)
-        checkpoint, content = find_resumable(run, model, data.corpus)
+        checkpoint, content = find_resumable(run, model, data, trainer.world_size)
         run.begin(data.corpus, content.get("written", {}))
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.

@@ -17,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from charlm.module import between_steps
+
 Weights = dict[str, Tensor]
 
 
@@ -57,12 +59,12 @@ class WeightAverage(L.Callback):
             yield
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if between_steps(trainer):
             self._training = _copy(pl_module)
             _write(pl_module, self._average)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if between_steps(trainer):
             _write(pl_module, self._training)
             self._training = {}
 

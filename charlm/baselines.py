@@ -133,5 +133,7 @@ def _discounts(count: Int64) -> Float64:
     discounts = [0.0]
     for times, (here, more) in enumerate(pairwise(with_count), start=1):
         discount = times - (times + 1) * y * more / here if here and more else y
-        discounts.append(min(max(discount, 0.0), float(times)))
+        discounts.append(
+            min(discount if discount > 0 else y, float(times))
+        )  # of 0, nothing would be left for the unseen
     return np.array(discounts)

@@ -20,7 +20,7 @@ from charlm.files import append_whole, json_lines
 from charlm.finite import FiniteSteps
 from charlm.generate import sample_rows
 from charlm.metrics import bits
-from charlm.module import CharLM
+from charlm.module import CharLM, between_steps
 from charlm.resume import Checkpoints, ExactResume
 from charlm.run import Run
 from charlm.signals import Signals
@@ -55,7 +55,9 @@ def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_ba
         checkpoints,
     ]
     if config.early_stopping.patience is not None:
-        callbacks.append(EarlyStopping("val/loss", patience=config.early_stopping.patience))
+        # At each validation, also where one ends an epoch: a checkpoint that this writes knows of it.
+        patience = config.early_stopping.patience
+        callbacks.append(EarlyStopping("val/loss", patience=patience, check_on_train_epoch_end=False))
     if progress_bar:
         callbacks.append(ProgressBar(training_log))
     return Callbacks(checkpoints, finite, callbacks)
@@ -125,6 +127,8 @@ class TrainingLog(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()
+        if not between_steps(trainer):
+            return
         val = trainer.callback_metrics
         train = "train {train/loss:.4f}   ".format(**self.last) if self.last else ""
         speed = (
@@ -166,8 +170,12 @@ class FinalValidation(L.Callback):
     ) -> None:
         last_step = 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
-        if last_step or (last_epoch and trainer.is_last_batch) or trainer.should_stop:
+        if last_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True  # Lightning validates before it stops,
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = (
+                None  # whatever was asked for at least,
+            )
+        if trainer.should_stop:
             trainer.check_val_every_n_epoch = None  # in whichever epoch that is
 
 

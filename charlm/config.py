@@ -341,7 +341,7 @@ class TrainerConfig:
     And two of ours: `capture`, and the value "auto" of `precision`.
 
     charlm gives callbacks, logger, default_root_dir and use_distributed_sampler (its windows know their rank), and
-    leaves out what would switch those off.
+    leaves out what would switch those off, or make each epoch the first again (reload_dataloaders_every_n_epochs).
     """
 
     accelerator: Any = MISSING
@@ -376,7 +376,6 @@ class TrainerConfig:
     detect_anomaly: bool = MISSING
     plugins: Any = MISSING
     sync_batchnorm: bool = MISSING
-    reload_dataloaders_every_n_epochs: int = MISSING
     enable_autolog_hparams: bool = MISSING
     capture: Any = MISSING  # not Lightning's: whether the step is one CUDA graph, see charlm/capture.py
 
@@ -584,6 +583,12 @@ class TrainConfig:
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be at least 0 and less than 2**32")
         _one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        precision = self.trainer.get("precision")
+        _check(
+            self.weight_average.decay is None or precision not in ("bf16-true", "16-true"),
+            f"weight_average.decay does not go with trainer.precision={precision}, which would round away what a step "
+            "adds to the average; choose bf16-mixed, 16-mixed or 32-true",
+        )
         for group, key in (("data", "source"), ("logger", "name")):
             section = getattr(self, group)
             chosen = getattr(section, key)

@@ -20,6 +20,11 @@ from charlm.windows import (
 )
 
 
+def limited(batches: int, limit: int | float) -> int:
+    """Return how many of an epoch's batches Lightning takes, given one of its limits: a number, or a share."""
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+
+
 class CharDataModule(L.LightningDataModule):
     """Reads a corpus and cuts it into batches of windows.
 
@@ -111,8 +116,12 @@ class CharDataModule(L.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def train_dataloader(self) -> Batches:
-        """Return this rank's training batches."""
-        return self._train_batches(*self._place())
+        """Return this rank's training batches, in epochs of as many as the trainer takes of them."""
+        assert self.trainer is not None
+        batches = self._train_batches(*self._place())
+        batches.end = limited(len(batches), self.trainer.limit_train_batches)
+        batches.repeats = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return batches
 
     def val_dataloader(self) -> Batches:
         """Return this rank's share of the validation split."""

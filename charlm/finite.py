@@ -58,6 +58,11 @@ def withhold(optimizer: Optimizer, finite: Tensor) -> None:
                 parameter.grad.copy_(torch.where(finite, parameter.grad, 0.0))
 
 
+def has_scaler(trainer: L.Trainer) -> bool:
+    """Return whether a loss scaler leaves out steps: it meets gradients that are not finite as a matter of course."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 class FiniteSteps(L.Callback):
     """Looks at how many steps were withheld: on a CPU after each one, else every `interval` steps and validations.
 
@@ -78,9 +83,14 @@ class FiniteSteps(L.Callback):
         """How many steps were withheld as far as is known."""
         return self._known
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Know of the steps that were left out before; of one that shall stop the run nobody may have known yet."""
+        if trainer.state.fn == TrainerFn.FITTING and self._skips:
+            counts = [int(rank["counted"]["withheld"]) for rank in checkpoint["ranks"]]
+            self._known = sum(counts) if has_scaler(trainer) else counts[0]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
-        self._known = int(pl_module.withheld)  # type: ignore[arg-type]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -100,7 +110,7 @@ class FiniteSteps(L.Callback):
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         withheld = pl_module.withheld
         assert isinstance(withheld, Tensor)
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # there each rank counts losses of its own
+        if has_scaler(trainer):  # there each rank counts losses of its own
             withheld = trainer.strategy.reduce(withheld, reduce_op="sum")
         count, earlier, first = int(withheld), self._known, self._step + 1
         self._known, self._step = count, trainer.global_step

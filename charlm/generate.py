@@ -44,6 +44,19 @@ def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -
     return [int(i) for i in vocabulary.encode(prompt)]
 
 
+def beginning(vocabulary: Vocabulary, prompt: Sequence[int]) -> Sequence[int]:
+    """Return what is read before a text: the prompt, or where there is none what a document follows upon.
+
+    That is `<eos>` or a newline, or nothing where the vocabulary has neither.
+    """
+    if prompt:
+        return prompt
+    if vocabulary.end_id is not None:
+        return [vocabulary.end_id]
+    newline = int(vocabulary.encode("\n")[0])
+    return [newline] if newline != vocabulary.unknown_id else []
+
+
 @torch.inference_mode()
 def next_character_entropy(network: CharRNN, ids: Tensor) -> Tensor:
     """Return how unsure the network is of the character behind each one.
@@ -179,20 +192,12 @@ class Sampler:
         # Random numbers of each sample's own, other ones at another temperature.
         keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
         uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
-        given = self.network, self._begin(prompt), temperatures, uniforms, self.top_k, self.top_p
+        given = self.network, beginning(self.vocabulary, prompt), temperatures, uniforms, self.top_k, self.top_p
         arithmetic = self.arithmetic
         if length and decode_cpu.product_of(self.network, arithmetic):
             yield from decode_cpu.decode(*given, arithmetic)
         elif length:
             yield from decode_exact.decode(*given)
-
-    def _begin(self, prompt: Sequence[int]) -> Sequence[int]:
-        if prompt:
-            return prompt
-        newline = int(self.vocabulary.encode("\n")[0])
-        if self.vocabulary.end_id is not None:
-            return [self.vocabulary.end_id]
-        return [newline] if newline != self.vocabulary.unknown_id else []
 
 
 def sample_rows(

@@ -14,10 +14,11 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from charlm.datamodule import CharDataModule
-from charlm.finite import clip, withhold
+from charlm.finite import clip, has_scaler, withhold
 from charlm.metrics import bits, bootstrap_standard_error
 from charlm.network import CharRNN, State, detached
 from charlm.vocabulary import Vocabulary
@@ -128,7 +129,7 @@ class CharLM(L.LightningModule):
     @property
     def _leaves_out_steps_itself(self) -> bool:
         """Whether a loss scaler does, which meets such gradients as a matter of course."""
-        return self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return self._trainer is not None and has_scaler(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -266,7 +267,8 @@ class CharLM(L.LightningModule):
         bytes_per_character = self._datamodule.corpus.bytes_per_character[stage]
         values = {"loss": loss, "bpc": bits(loss), "bpb": bits(loss) / bytes_per_character, **more}
         metrics = {f"{stage}/{name}": float(value) for name, value in values.items()}
-        self.record(metrics)
+        if stage == "test" or between_steps(self.trainer):
+            self.record(metrics)
         # For checkpointing, early stopping and the caller of the trainer.
         self.log_dict(metrics, logger=False, sync_dist=True)
 
@@ -281,6 +283,11 @@ class CharLM(L.LightningModule):
     @property
     def _datamodule(self) -> CharDataModule:
         return cast(CharDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def between_steps(trainer: L.Trainer) -> bool:
+    """Return whether a validation is one between training steps, not one before them or of a finished run."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def schedule(
@@ -306,7 +313,7 @@ def schedule(
         if name == "constant":
             return 1.0
         if name == "exponential":
-            return decay ** max(0, step // steps_per_epoch - decay_after + 1)
+            return decay ** max(0, step // steps_per_epoch - max(1, decay_after) + 1)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

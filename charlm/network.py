@@ -171,7 +171,7 @@ class CharRNN(nn.Module):
         inputs = self.embedding(ids) if self.embedding is not None else F.embedding(ids, self.one_hot)  # (B, T, I)
         inputs = self.regularizer.inputs(ids, inputs, self.output.out_features)
         hidden, state = self.regularizer.layers(self.rnn, inputs, state)  # (B, T, H)
-        hidden = self.regularizer.outputs(self.dropout(hidden))
+        hidden = self.regularizer.outputs(hidden, self.dropout(hidden))
         return self.output(hidden), state  # (B, T, V)
 
 

@@ -123,11 +123,14 @@ class Regularizer(nn.Module):
             output: tuple[Tensor, ...] = run(inputs, hx, weights, True, 1, 0.0, True, False, True)
         return output
 
-    def outputs(self, hidden: Tensor) -> Tensor:
-        """Return what the output layer reads of the last layer's output, both (B, T, H)."""
+    def outputs(self, hidden: Tensor, dropped: Tensor) -> Tensor:
+        """Return what the output layer reads of the last layer's output, given as it is and behind `model.dropout`.
+
+        All are (B, T, H).
+        """
         if not self.training:
-            return hidden
-        dropped = self._locked(hidden, self.output_dropout)
+            return dropped
+        dropped = self._locked(dropped, self.output_dropout)
         penalties = []
         if self.activation:
             penalties.append(self.activation * dropped.float().square().mean())

@@ -22,10 +22,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from charlm.checkpoint import read_checkpoint
-from charlm.corpus import Corpus
+from charlm.datamodule import CharDataModule
 from charlm.errors import InputError, Interrupted, RunStopped
 from charlm.files import flush_folder
-from charlm.module import CharLM
+from charlm.finite import has_scaler
+from charlm.module import CharLM, between_steps
 from charlm.network import State
 from charlm.provenance import confirm_text
 from charlm.run import Run
@@ -34,15 +35,17 @@ from charlm.signals import Signals
 log = logging.getLogger(__name__)
 
 
-def find_resumable(run: Run, model: CharLM, corpus: Corpus) -> tuple[Path | None, dict[str, Any]]:
+def find_resumable(
+    run: Run, model: CharLM, data: CharDataModule, world_size: int
+) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest checkpoint that a run can go on from and what it holds; None and {} where there is none yet.
 
     Raises:
-        InputError: there are some, but of another text, or none that can be used.
+        InputError: there are some, but of another text or batch size, or none that can be used.
     """
     there = [path for path in (run.last_checkpoint, run.previous_checkpoint) if path.exists()]
     if there:
-        confirm_text(run.folder, corpus.identity)
+        confirm_text(run.folder, data.corpus.identity)
     refused = []
     for path in there:
         try:
@@ -51,6 +54,14 @@ def find_resumable(run: Run, model: CharLM, corpus: Corpus) -> tuple[Path | None
         except InputError as error:
             refused.append(str(error))
             continue
+        batch_size, ranks = content["windows_a_step"] // len(content["ranks"]), len(content["ranks"])
+        if (
+            ranks == world_size and batch_size != data.config.batch_size
+        ):  # elsewhere a step's windows are dealt out anew
+            raise InputError(
+                f"{run.folder} was begun with data.batch_size={batch_size} on as many devices; give the same to go on "
+                "with it"
+            )
         for reason in refused:
             log.warning(f"{reason}; going on from {path.name}, the one before")
         return path, content
@@ -60,7 +71,15 @@ def find_resumable(run: Run, model: CharLM, corpus: Corpus) -> tuple[Path | None
 
 
 def _check_origin(path: Path, content: dict[str, Any], model: CharLM) -> None:
-    lacking = {"loops", "optimizer_states", "lr_schedulers", "ranks", "written", "best"} - content.keys()
+    lacking = {
+        "loops",
+        "optimizer_states",
+        "lr_schedulers",
+        "ranks",
+        "windows_a_step",
+        "written",
+        "best",
+    } - content.keys()
     if lacking:
         raise InputError(f"{path} holds weights, but not the state of a run ({', '.join(sorted(lacking))})")
     for key in ("symbols", "model", "optimizer", "regularization"):
@@ -195,14 +214,14 @@ class Checkpoints(Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._signals.listen()
-        if _is_part_of_training(trainer):
+        if between_steps(trainer):
             if self._interrupted:
                 self._interrupted.is_begun_again()
             self._validating, self._interrupted = True, None
             self._stop_validating(trainer, now=True)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if _is_part_of_training(trainer):
+        if between_steps(trainer):
             self._stop_validating(trainer)
 
     def _stop_validating(self, trainer: L.Trainer, now: bool = False) -> None:
@@ -211,7 +230,7 @@ class Checkpoints(Checkpoint):
             raise Interrupted(number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _is_part_of_training(trainer):
+        if not between_steps(trainer):
             return
         self._validating = False
         loss = float(trainer.callback_metrics["val/loss"])
@@ -280,11 +299,6 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()
 
 
-def _is_part_of_training(trainer: L.Trainer) -> bool:
-    """Return whether a validation is one between steps."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
 class _InterruptedValidation:
     """Has Lightning begin with the validation in which a run was interrupted.
 
@@ -325,10 +339,14 @@ def _for_other_ranks(checkpoint: dict[str, Any], trainer: L.Trainer) -> list[dic
         ready = batches["ready"]
         for name in batches:  # Lightning's own count of the batches of this epoch
             batches[name] += state["position"] - ready
-    counted = {**ranks[0]["counted"], "loss_sum": sum(rank["counted"]["loss_sum"] for rank in ranks) / len(ranks)}
+    loss_sum = sum(rank["counted"]["loss_sum"] for rank in ranks) / len(ranks)
+    counted = [{**ranks[0]["counted"], "loss_sum": loss_sum}] * size
+    if has_scaler(trainer):  # each rank has counted other steps
+        withheld = sum(rank["counted"]["withheld"] for rank in ranks)
+        counted = [{**each, "withheld": 0.0 if rank else withheld} for rank, each in enumerate(counted)]
     carried = [rank["carried"] for rank in ranks]
     whole = _interleaved(carried) if there == here and all(state is not None for state in carried) else None
-    return [{"carried": _every(whole, rank, size), "counted": counted} for rank in range(size)]
+    return [{"carried": _every(whole, rank, size), "counted": counted[rank]} for rank in range(size)]
 
 
 def _windows_a_step(trainer: L.Trainer) -> int:

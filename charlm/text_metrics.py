@@ -22,7 +22,7 @@ import torch
 
 from charlm.copying import find_copying
 from charlm.corpus import Corpus
-from charlm.generate import next_character_entropy
+from charlm.generate import beginning, next_character_entropy
 from charlm.metrics import bits
 from charlm.network import CharRNN
 from charlm.vocabulary import Vocabulary
@@ -58,7 +58,11 @@ def measured(
         {
             "distinct_4grams": distinct_4grams(row["text"]),
             "loop_rate": loop_rate(row["text"]),
-            "entropy": entropy(network, *(vocabulary.encode(row[part]).tolist() for part in ("prompt", "text"))),
+            "entropy": entropy(
+                network,
+                beginning(vocabulary, vocabulary.encode(row["prompt"]).tolist()),
+                vocabulary.encode(row["text"]).tolist(),
+            ),
         }
         for row in rows
     ]
@@ -71,8 +75,8 @@ def measured(
 def entropy(network: CharRNN, prompt: Sequence[int], text: Sequence[int]) -> float:
     """Return the mean entropy of the distributions that a text's characters were drawn from, in bits per character.
 
-    They are the network's own, at temperature 1; see `next_character_entropy`. Without a prompt the first character
-    does not count.
+    They are the network's own, at temperature 1; see `next_character_entropy`. Without anything before it the first
+    character does not count.
     """
     ids = torch.tensor([[*prompt, *text]], device=network.output.weight.device)
     before = next_character_entropy(network, ids)[0, max(len(prompt) - 1, 0) : -1] if text else ids[0, :0].float()
@@ -141,7 +145,9 @@ class TrainingText:
         A word that reaches to the text's end is left out: there the sample's length may have cut it. In a script
         without spaces a word is as long as a clause, and the share says little.
         """
-        written = [words(text)[: -1 if _LETTER.match(text[-1:]) else None] for text in texts]
+        written = [
+            [found[0] for found in _WORD.finditer(text) if found.end() < len(text)] for text in map(str.lower, texts)
+        ]
         unknown = {word for each in written for word in each}
         for piece in self._pieces():
             unknown.difference_update(words(piece))

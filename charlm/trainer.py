@@ -22,7 +22,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from charlm.capture import CapturedCharLM
 from charlm.checkpoint import WholeCheckpoints
-from charlm.datamodule import CharDataModule
+from charlm.datamodule import CharDataModule, limited
 from charlm.decode_cpu import chosen
 from charlm.errors import InputError
 from charlm.module import CharLM
@@ -87,11 +87,18 @@ def refuse_ranks_that_cannot_start(trainer: L.Trainer) -> None:
 
 
 def refuse_limits_without_a_batch(trainer: L.Trainer, data: CharDataModule) -> None:
-    """Refuse shares of validation or test that are not even one batch.
+    """Refuse shares of validation or test that are not even one batch, and validations at a batch that no epoch has.
 
     Raises:
         InputError: there is one.
     """
+    interval, batches = trainer.val_check_interval, data.steps_per_epoch(trainer.world_size)
+    batches = limited(batches, trainer.limit_train_batches)
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > batches:
+        raise InputError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch; lower it, or leave "
+            "out trainer.check_val_every_n_epoch, so that it counts across epochs"
+        )
     for split in ("val", "test"):
         limit, batches = getattr(trainer, f"limit_{split}_batches"), data.evaluation_steps(split)
         if isinstance(limit, float) and limit > 0 and batches and batches * limit < 1:
@@ -223,9 +230,7 @@ def describe_result(figures: dict[str, float]) -> list[str]:
 
 def epoch_steps(trainer: L.Trainer, batches: int) -> int:
     """Return how many optimizer steps an epoch of `batches` batches is."""
-    limit = trainer.limit_train_batches
-    limited = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-    return math.ceil(limited / trainer.accumulate_grad_batches)
+    return math.ceil(limited(batches, trainer.limit_train_batches) / trainer.accumulate_grad_batches)
 
 
 def step_budget(trainer: L.Trainer, steps_per_epoch: int) -> int:

@@ -139,6 +139,8 @@ class Batches:
     def __init__(self, starts_on: torch.device | None = None, pinned: bool = False) -> None:
         self.starts_on = starts_on
         self.pinned = pinned
+        self.end: int | None = None  # batches after which an epoch ends; None: all
+        self.repeats = False  # whether all epochs are the first
         self.epoch = 0
         self.position = 0  # batches of this epoch already given
 
@@ -150,10 +152,10 @@ class Batches:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Batch | Starts]:
-        # Lightning stops after len() batches without asking for more, so nothing behind the last `yield` would run:
+        # Lightning stops after the last batch without asking for more, so nothing behind the last `yield` would run:
         # the turn of the epoch is made at the next epoch's start.
-        if self.position >= len(self):
-            self.epoch, self.position = self.epoch + 1, 0
+        if self.position >= (len(self) if self.end is None else self.end):
+            self.epoch, self.position = self.epoch + (not self.repeats), 0
         for batch in self.batches(self.epoch, self.position):
             self.position += 1
             if self.pinned and isinstance(batch, Batch):

@@ -163,6 +163,17 @@ class SignalAt:
         setattr(owner, name, send_and_call)
 
 
+class Both:
+    """Two sabotages in one run."""
+
+    def __init__(self, first: Sabotage, second: Sabotage) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, folder: Path) -> None:
+        self.first(folder)
+        self.second(folder)
+
+
 class Poison:
     """Makes the loss of the n-th step, and of each such step again, not a number."""
 

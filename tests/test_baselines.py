@@ -40,6 +40,9 @@ def test_a_symbol_that_training_never_saw_is_possible() -> None:
     block = np.array([0, 1, 0, 1, 0, 1, 2], dtype=np.uint8)
     nats = ngram_nats(block, [(0, 6)], [(6, 7)], 3, 3)
     assert np.isfinite(nats).all()
+    even = np.random.default_rng(0).integers(1, 5, 20_000).astype(np.uint8)  # where discounts are estimated as none
+    even[-10] = 0
+    assert np.isfinite(ngram_nats(even, [(0, 18_000)], [(18_000, 20_000)], 6, 5)).all()
 
 
 def test_the_kneser_ney_probability_is_the_formula_by_hand() -> None:

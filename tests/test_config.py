@@ -30,7 +30,7 @@ OURS = {
     "enable_checkpointing",
     "barebones",
 }
-ALSO_OURS = {"model_registry"}
+ALSO_OURS = {"model_registry", "reload_dataloaders_every_n_epochs"}
 CHARLM_ONLY = {"capture"}
 
 Composed = Callable[..., TrainConfig]
@@ -82,6 +82,7 @@ def test_a_scale_that_sgd_would_count_twice_is_for_other_optimizers(composed: Co
         ("model.output_gain=1e5", "output_gain=100000.0"),
         ("optimizer.learning_rate=1e38", "1e30 or less"),
         ("trainer.val_check_interval=0", "val_check_interval=0 must be above 0"),
+        ("weight_average.decay=0.9 trainer.precision=bf16-true", "does not go with trainer.precision=bf16-true"),
         ("trainer.log_every_n_steps=0", "log_every_n_steps=0 must be 1 or more"),
         ("data.source=text", "data.source=text is not what data=NAME chose"),
         ("logger.name=csv", "logger.name=csv is not what logger=NAME chose"),

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from lives import (
+    Both,
     KillAtFileEvent,
     KillWhileWriting,
     OutOfMemory,
@@ -137,6 +138,7 @@ def test_two_processes_killed_at_any_moment_go_on_as_if_they_had_not_been(
 STEP = "module.CharLM.training_step"
 MANUAL_STEP = "manual.ManualCharLM.training_step"  # which is taken on one CPU
 VALIDATION = "module.CharLM.validation_step"
+TEST = "module.CharLM.test_step"
 
 
 def status(folder: Path) -> str:
@@ -221,6 +223,39 @@ def test_a_run_interrupted_in_each_validation_comes_to_the_same(
     assert codes.count(143) >= 3
     assert live(folder, [*small, *overrides]) == 0, folder.with_suffix(".log").read_text()
     assert same(outcome(folder), undisturbed(*overrides)[0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("early_stopping.patience=2",),
+        ("trainer.limit_train_batches=5",),
+        ("trainer.precision=64-true", "weight_average.decay=0.9"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_run_killed_behind_the_end_of_an_epoch_comes_to_the_same(
+    overrides: tuple[str, ...], small: list[str], undisturbed: Callable[..., tuple[Any, float]], tmp_path: Path
+) -> None:
+    overrides = (*FEW_WINDOWS["shuffled"], *ENDS["epochs"], *overrides)
+    folder, (expected, _) = tmp_path / "run", undisturbed(*overrides)
+    step = int(expected["rows"][-1]["step"]) // 2  # in the middle of the second epoch of three
+    assert live(folder, [*small, *overrides], SignalAt(STEP, step, signal.SIGKILL)) == -signal.SIGKILL
+    assert len(validated(folder)) == 1
+    assert live(folder, [*small, *overrides]) == 0, folder.with_suffix(".log").read_text()
+    assert len(validated(folder)) == 3
+    assert same(outcome(folder), expected)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
+def test_another_batch_size_is_refused_on_as_many_devices_however_they_are_written(
+    order: str, small: list[str], tmp_path: Path
+) -> None:
+    folder, overrides = tmp_path / "run", [*small, f"data.order={order}"]
+    assert live(folder, overrides, SignalAt(STEP, 7)) == 143
+    assert live(folder, [*overrides, "trainer.devices=auto", "data.batch_size=4"]) == 2
+    assert "begun with data.batch_size=8 on as many devices" in folder.with_suffix(".log").read_text()
+    assert live(folder, [*overrides, "trainer.devices=auto"]) == 0
 
 
 @pytest.mark.parametrize("order", ["shuffled", "streams"])
@@ -382,6 +417,17 @@ def test_steps_that_are_no_number_are_left_out_and_counted_where_that_is_asked_f
     assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 3
     assert "3 steps left out so far" in folder.with_suffix(".log").read_text()
     assert all(math.isfinite(float(row["train/loss"])) for row in outcome(folder)["rows"] if row["train/loss"])
+
+
+@pytest.mark.parametrize(("where", "call", "number"), [(STEP, 7, signal.SIGTERM), (TEST, 1, signal.SIGKILL)])
+def test_steps_that_were_left_out_are_known_of_when_a_run_goes_on(
+    where: str, call: int, number: int, small: list[str], tmp_path: Path
+) -> None:
+    folder, overrides = tmp_path / "run", [*small, "on_nonfinite=skip"]
+    assert live(folder, overrides, Both(Poison(3, 5), SignalAt(where, call, number))) in (143, -signal.SIGKILL)
+    assert live(folder, overrides) == 0, folder.with_suffix(".log").read_text()
+    assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 2
+    assert folder.with_suffix(".log").read_text().count("is not finite") == 2
 
 
 # --- what there is too little of ----------------------------------------------------------------------------------

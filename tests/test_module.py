@@ -102,6 +102,7 @@ def test_the_rate_warms_up_and_falls_to_nothing_at_the_last_step() -> None:
 def test_the_exponential_rate_falls_behind_each_epoch_from_a_number_on() -> None:
     factor = schedule("exponential", 2, 1000, steps_per_epoch=10, decay=0.5, decay_after=3)
     assert [factor(step) for step in (0, 2, 29, 30, 39, 40, 59)] == [0.5, 1.0, 1.0, 0.5, 0.5, 0.25, 0.125]
+    assert [schedule("exponential", 0, 30, 10, 0.5, 0)(step) for step in (0, 9, 10, 20)] == [1.0, 1.0, 0.5, 0.25]
 
 
 def test_one_bit_is_the_natural_logarithm_of_2() -> None:

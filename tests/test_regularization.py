@@ -83,7 +83,7 @@ def test_each_acts_in_training_alone_and_lets_gradients_through(cell: str, num_l
 
 def test_a_locked_mask_holds_for_the_whole_window_and_differs_by_row() -> None:
     regularizer = Regularizer(output_dropout=0.5)
-    kept = regularizer.outputs(torch.ones(64, 10, 16))
+    kept = regularizer.outputs(torch.ones(64, 10, 16), torch.ones(64, 10, 16))
     assert (kept == kept[:, :1]).all()
     assert len(kept[:, 0].unique(dim=0)) > 60
     assert set(kept.unique().tolist()) == {0.0, 2.0}
@@ -124,8 +124,9 @@ def test_weight_dropout_zeroes_its_share_of_the_recurrent_weights_alone(monkeypa
 def test_the_penalties_are_what_their_papers_say() -> None:
     hidden = torch.randn(2, 5, 3)
     regularizer = Regularizer(activation=2.0, temporal_activation=3.0)
-    regularizer.outputs(hidden)
-    expected = 2 * hidden.square().mean() + 3 * (hidden[:, 1:] - hidden[:, :-1]).square().mean()
+    dropped = torch.nn.functional.dropout(hidden, 0.25)
+    regularizer.outputs(hidden, dropped)
+    expected = 2 * dropped.square().mean() + 3 * (hidden[:, 1:] - hidden[:, :-1]).square().mean()
     torch.testing.assert_close(regularizer.penalized(torch.zeros(())), expected)
     assert regularizer.penalized(torch.zeros(())) == 0  # each pass counts once
 

@@ -96,6 +96,7 @@ def test_real_words_are_those_of_the_training_split_whatever_their_case() -> Non
         *(pytest.approx(math.nan, nan_ok=True),) * 2,
     ]
     assert training.real_words(["score."]) == [0.0]  # behind the split's end
+    assert training.real_words(["hill wor d"]) == [0.5]  # a letter that ends a text is no word that was cut
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,6 +157,14 @@ def test_entropy_is_between_none_and_that_of_an_even_draw() -> None:
         network.output.bias[5] = 100.0
         assert entropy(network, [], [3, 4, 5]) == pytest.approx(0.0, abs=1e-6)
         assert math.isnan(entropy(network, [1], []))
+
+
+def test_entropy_is_that_of_the_distributions_that_were_drawn_from_without_a_prompt_too() -> None:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary([UNKNOWN, "\n", *"ab"])
+    network = CharRNN(len(vocabulary), "lstm", 8)
+    (row,) = measured([{"prompt": "", "text": "abba"}], network, vocabulary)
+    assert row["entropy"] == pytest.approx(entropy(network, [1], [2, 3, 3, 2]))  # drawn behind a newline
 
 
 @pytest.mark.parametrize("text", ["", "a", "abab " * 30])

@@ -299,6 +299,23 @@ def test_without_a_test_split_the_run_ends_with_its_validation(
     loss = train(composed(*tiny, "data.fractions=[0.9,0.1,0]"), tmp_path / "run")
     assert result(tmp_path / "run")["val/loss"] == pytest.approx(loss)
     assert "test/loss" not in result(tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
+
+
+def test_a_validation_before_the_first_step_is_a_trial_and_no_figure(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    train(composed(*tiny, "trainer.num_sanity_val_steps=2", "weight_average.decay=0.9"), tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
+
+
+def test_validation_at_a_batch_that_no_epoch_has_is_refused(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    never = ("trainer.val_check_interval=100000", "trainer.check_val_every_n_epoch=1")
+    with pytest.raises(InputError, match="val_check_interval=100000 is more than the"):
+        train(composed(*tiny, *never), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_steps_are_validated_whatever_the_interval(
@@ -309,6 +326,8 @@ def test_the_last_steps_are_validated_whatever_the_interval(
     epochs = ("trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.limit_train_batches=12")
     train(composed(*tiny, *epochs), tmp_path / "epochs")
     assert [row["step"] for row in rows(tmp_path / "epochs") if row["val/loss"]] == ["10", "12"]
+    train(composed(*tiny, "trainer.max_steps=5", "trainer.min_epochs=3"), tmp_path / "at_least")
+    assert [row["step"] for row in rows(tmp_path / "at_least") if row["val/loss"]] == ["5"]
     train(composed(*tiny, *epochs, "trainer.check_val_every_n_epoch=2"), tmp_path / "every_second")
     assert [row["step"] for row in rows(tmp_path / "every_second") if row["val/loss"]] == ["12"]
 

@@ -65,6 +65,16 @@ def test_an_epoch_is_every_window_once_in_batches_of_one_size() -> None:
     assert all(row == list(range(row[0], row[0] + 11)) for row in seen)
 
 
+def test_epochs_of_fewer_batches_are_the_first_of_each_or_always_the_same() -> None:
+    for repeats in (False, True):
+        batches = shuffled()
+        batches.end, batches.repeats = 3, repeats
+        epochs = [[batch.tokens.tolist() for batch in itertools.islice(batches, 3)] for _ in range(3)]
+        whole = shuffled()
+        firsts = [[batch.tokens.tolist() for batch in whole][:3] for _ in range(3)]
+        assert epochs == ([firsts[0]] * 3 if repeats else firsts)
+
+
 def test_what_does_not_fill_a_batch_is_left_out_and_differs_by_epoch() -> None:
     batches = shuffled(length=87)
     left_out = [set(range(77)) - {row[0] for row in rows(batches)} for _ in range(2)]
