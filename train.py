@@ -84,7 +84,7 @@ def train(config: TrainConfig, folder: Path) -> float:
     data.setup()
     vocabulary = data.corpus.vocabulary
     for sampling in (asdict(config.sampling), *run.sampled.asked()):  # refused now, not at the first sample
-        prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"])
+        prompt_ids(vocabulary, sampling["prompt"], sampling["on_unknown"], "sampling.")
     sizes = sized(config.model, len(vocabulary))
     refuse_too_large(len(vocabulary), sizes)
     arguments = choose_precision(config.trainer, sizes["cell"], sizes["hidden_size"])
@@ -117,6 +117,8 @@ def train(config: TrainConfig, folder: Path) -> float:
             return write_again(config, run)
         checkpoint, content = find_resumable(run, model, data, trainer.world_size)
         run.begin(data.corpus, content.get("written", {}))
+        if checkpoint:
+            log.info(f"going on from step {content['global_step']:,} of {total_steps:,}, by {checkpoint}")
         with tracked(trainer, config, run):
             # Log lines come above the progress bar, not through it.
             memory = within_memory(model, data, trainer.strategy.root_device)

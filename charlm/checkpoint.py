@@ -33,11 +33,16 @@ def find_checkpoint(given: str | None, runs: Path) -> Path:
     of the run below `runs` that was the last to complete.
 
     Raises:
-        InputError: no run has completed yet.
+        InputError: what is given is a folder of something else, or no run has completed yet.
     """
     if given is not None:
         path = Path(given).expanduser()
-        return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        inside = path if path.name == "checkpoints" else path / "checkpoints"
+        if not inside.is_dir():
+            raise InputError(f"{path} is not a run's folder; name one, or have the newest below it with runs={path}")
+        return inside / "best.ckpt"
     folder = newest_completed(runs)
     if folder is None:
         raise InputError(

@@ -8,16 +8,21 @@ import gc
 import io
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -31,6 +36,7 @@ from charlm.pool import follow_pool
 BAD_INPUT, STOPPED = 2, 1  # exit codes
 # Optional groups, null in conf/train.yaml's defaults. Hydra refuses the + that many type before them; it is dropped.
 _OPTIONAL_GROUPS = ("+experiment=", "+sweep=")
+_LISTS = ("data.path",)  # texts that may be several
 _PATHS = ("hydra.run.dir", "hydra.sweep.dir", "output", "prompt_file", "runs")  # ~ is expanded where others are read
 _GROUPS = ("data", "model", "optimizer", "trainer", "logger")  # of which there is always one choice
 _COMMANDS = ("-m", "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")  # Hydra does one of them
@@ -186,6 +192,12 @@ def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
             into it, a group of which nothing is chosen, or flags of Hydra's that do not go together.
     """
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    known = list(get_args_parser()._option_string_actions)
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+            setting = f"{flag.lstrip('-').replace('-', '_')}={value or 'VALUE'}"
+            raise InputError(f"there is no {flag}; settings are written name=value, as in {setting}, see --help")
     commands = [flag for flag in flags if flag in _COMMANDS]
     if len(commands) > 1:
         raise InputError(f"{' and '.join(commands)} do not go together; give one of them")
@@ -196,6 +208,11 @@ def _refuse_unused(arguments: Sequence[str], multirun: bool) -> None:
         key, _, value = argument.partition("=")
         if key == "sweep" and value not in ("", "null") and not sweeping:
             raise InputError(f"{argument} is a sweep, which takes -m: python train.py -m {argument}")
+        slurm = argument in ("hydra/launcher=slurm", "hydra/launcher=submitit_slurm")
+        if slurm and find_spec("submitit") and not shutil.which("srun"):
+            raise InputError(
+                f"{argument} needs SLURM's srun, which is not here; hydra/launcher=pool sweeps on this machine"
+            )
         if key in _GROUPS and value == "null":
             raise InputError(f"{argument} names none of conf/{key}/; choose one, as --help lists them")
         if key.lstrip("+") == "hydra.job.chdir" and value.lower() not in ("", "false", "null"):
@@ -231,12 +248,14 @@ def _folder_of_all_ranks(arguments: Sequence[str]) -> list[str]:
 def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
     """Quote a text argument for Hydra, whose grammar would otherwise trim spaces and choke on `=`, `,` or `(`.
 
-    What is quoted already, a list, and in a multirun what has a comma (alternatives to sweep) stays as it is.
+    What is quoted already, a list of files, and in a multirun what has a comma (alternatives to sweep) stays as it is.
     """
     if argument.startswith(_OPTIONAL_GROUPS):
         return argument[1:]
     key, equals, value = argument.partition("=")
-    if not equals or key not in text_keys or value in ("", "null") or value[0] in "'\"[" or (multirun and "," in value):
+    if not equals or key not in text_keys or value in ("", "null") or (multirun and "," in value):
+        return argument
+    if (value[0] in "'\"" and _is_quoted(argument)) or (value[0] == "[" and key in _LISTS):
         return argument
     if key in _PATHS:
         value = os.path.expanduser(value)  # a shell leaves the ~ of name=~/folder to the program
@@ -246,7 +265,16 @@ def _literal(argument: str, text_keys: Sequence[str], multirun: bool) -> str:
 
 def quoted(text: str, literal: bool = True) -> str:
     """Return a value as Hydra reads it back, whatever is in it; where it is not literal, `${}` keeps its meaning."""
-    return QuotedString(text=text.replace("${", chr(92) + "${") if literal else text, quote=Quote.double).with_quotes()
+    if literal:  # a backslash makes one of what follows, another one none of it
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return QuotedString(text=text, quote=Quote.double).with_quotes()
+
+
+def _is_quoted(argument: str) -> bool:
+    try:
+        return isinstance(OverridesParser.create().parse_override(argument)._value, QuotedString)
+    except HydraException:
+        return False
 
 
 def _one_line(error: Exception) -> str:

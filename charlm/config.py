@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -440,12 +440,15 @@ class SamplingConfig:
     top_p: float | None = MISSING
     on_unknown: str = MISSING
 
+    section: ClassVar[str] = ""  # where they are set
+
     def __post_init__(self) -> None:
-        _at_least(0, length=self.length)
-        _at_least(1, top_k=self.top_k)
-        _check(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
-        _one_of("on_unknown", self.on_unknown, ("error", "replace"))
-        _check(bool(self.temperatures), "temperature=[] must name at least one temperature")
+        at = self.section
+        _at_least(0, **{f"{at}length": self.length})
+        _at_least(1, **{f"{at}top_k": self.top_k})
+        _check(self.top_p is None or 0 < self.top_p <= 1, f"{at}top_p={self.top_p} must be above 0 and at most 1")
+        _one_of(f"{at}on_unknown", self.on_unknown, ("error", "replace"))
+        _check(bool(self.temperatures), f"{at}temperature=[] must name at least one temperature")
 
     @property
     def temperatures(self) -> list[float]:
@@ -458,7 +461,7 @@ class SamplingConfig:
         for value in given:
             _check(
                 isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
-                f"temperature={value} must be a number, 0 (greedy) or more",
+                f"{self.section}temperature={value} must be a number, 0 (greedy) or more",
             )
         return [float(value) for value in given]
 
@@ -467,6 +470,7 @@ class SamplingConfig:
 class TrainSamplingConfig(SamplingConfig):
     """Samples while training."""
 
+    section = "sampling."
     every_n_steps: int = MISSING
 
     def __post_init__(self) -> None:
@@ -613,6 +617,10 @@ class TrainConfig:
             not isinstance(interval, int | float) or interval > 0,
             f"trainer.val_check_interval={interval} must be above 0: steps, or with trainer.check_val_every_n_epoch=1 "
             "a share of an epoch such as 0.5",
+        )
+        _check(
+            not isinstance(interval, float) or self.trainer.get("check_val_every_n_epoch") is not None,
+            f"trainer.val_check_interval={interval} is a share of an epoch; give trainer.check_val_every_n_epoch=1 too",
         )
         deterministic = self.trainer.get("deterministic")
         _check(

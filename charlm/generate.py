@@ -22,13 +22,14 @@ from charlm.vocabulary import UNKNOWN, Ids, Vocabulary
 _PIECE = 1024  # characters read at a time
 
 
-def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -> list[int]:
+def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error", section: str = "") -> list[int]:
     """Encode a prompt.
 
     Args:
         vocabulary: the network's.
         prompt: what the text goes on from.
         on_unknown: "replace" reads a character that the vocabulary lacks as `<unk>`.
+        section: where that is set, such as "sampling.", for the message.
 
     Raises:
         InputError: such a character, with `on_unknown="error"`.
@@ -39,7 +40,7 @@ def prompt_ids(vocabulary: Vocabulary, prompt: str, on_unknown: str = "error") -
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise InputError(
             f"the prompt has {names}{more}, which the training text lacks; leave it out, or have it read as {UNKNOWN} "
-            "with on_unknown=replace"
+            f"with {section}on_unknown=replace"
         )
     return [int(i) for i in vocabulary.encode(prompt)]
 

@@ -229,20 +229,24 @@ class PoolLauncher(Launcher):
             Of each job its training's lowest validation loss, or why it failed.
 
         Raises:
-            InputError: no job can work, or a file of a finished training is damaged.
+            InputError: a job of a plain grid cannot work, or none of others', or a file of a finished training is
+                damaged.
             Interrupted: by a signal.
         """
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         asked = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         jobs = [job for job in asked if isinstance(job, Job)]
-        if not jobs and not self._trainings:
-            raise InputError(next(job.why for job in asked if isinstance(job, Refused)))
+        refusals = Counter(job.why for job in asked if isinstance(job, Refused))
+        grid = self._config.hydra.sweeper.get("max_batch_size", 1) is None  # a plain one, all in one batch
+        if refusals and (grid or not (jobs or self._trainings)):
+            why, count = refusals.most_common(1)[0]
+            raise InputError(why if count == len(asked) else f"{why} (in {count} of {len(asked)} jobs; none has begun)")
         batch = self._trainings_of(jobs)
         self._refuse_other_texts(batch.values())
         self._trainings |= batch
         ran = self._run(list(batch.values()), len(jobs))
-        if ran and self._config.hydra.sweeper.get("max_batch_size", 1) is None:  # a plain grid, all in one batch
+        if ran and grid:
             self.sum_up()
         return self._returns(asked, batch)
 

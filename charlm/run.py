@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from charlm.commandline import command
 from charlm.corpus import Corpus
-from charlm.errors import InputError, Interrupted, RunStopped
+from charlm.errors import InputError, Interrupted, RunStopped, listed
 from charlm.files import LOCK, RESULT, SWEEP_FILE, read_names, read_result, unreadable, write_whole
 from charlm.provenance import record_text
 from charlm.sampled import Sampled
@@ -74,6 +75,13 @@ class Run:
     def _refuse_another(self) -> None:
         if (self.folder / SWEEP_FILE).exists():
             raise InputError(f"{self.folder} is a sweep's folder; choose another with hydra.run.dir")
+        if self.begun:
+            foreign = [] if self.told.keys() >= {"data", "model", "trainer"} else [self._config_file]
+        else:
+            foreign = sorted(filterfalse(_is_ours, self.folder.iterdir())) if self.folder.is_dir() else []
+        if foreign:
+            names = listed([path.name for path in foreign], 3)
+            raise InputError(f"{self.folder} holds {names} and no run of charlm's; choose another with hydra.run.dir")
         different = _differences(self.told, self.config)
         elsewhere = any(line.startswith(("trainer.devices:", "trainer.num_nodes:")) for line in different)
         # Which is for each device: with another number of them another size may make the same steps.
@@ -134,8 +142,9 @@ class Run:
         """
         if _on_first_rank():
             with _refusing():
-                for path in self.folder.rglob("*.part"):  # of a program that was killed while writing
-                    path.unlink()
+                for folder in (self.folder, self.last_checkpoint.parent, self.folder / "sampled"):
+                    for path in folder.glob("*.part"):  # of a program that was killed while writing
+                        path.unlink()
                 self.last_checkpoint.parent.mkdir(exist_ok=True)
                 write_whole(self._config_file, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
                 record_text(self.folder, corpus)
@@ -252,6 +261,15 @@ def _refusing() -> Iterator[None]:
         raise InputError(f"cannot write {error.filename}: {error.strerror}; choose hydra.run.dir") from None
     except RunStopped as error:
         raise InputError(f"{error}; choose another folder with hydra.run.dir") from None
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a name may stand in a run's folder before the run has begun."""
+    if path.name == RESULT:  # of one that failed before
+        return "status" in read_result(path.parent)
+    if path.name == "checkpoints":
+        return path.is_dir() and all(inside.name.endswith(".part") for inside in path.iterdir())
+    return path.name in (LOCK, "train.log", "output.log", "sampled", "wandb", "wandb_id.txt", "config.yaml.part")
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

@@ -354,6 +354,8 @@ def _decoded(path: Path, encoding: str, max_expansion: float = math.inf) -> Deco
             pending = len(decoder.getstate()[0])
         yield decoder.decode(b"", final=True), 0
     except UnicodeDecodeError as error:
+        if offset == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError(f"{path} is not {encoding}; it begins as UTF-16 does: data.encoding=utf-16") from None
         raise InputError(
             f"{path} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset "
             f"{offset - pending + error.start}; name its encoding with data.encoding=NAME (latin-1 reads any bytes, "

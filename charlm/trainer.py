@@ -239,13 +239,17 @@ def step_budget(trainer: L.Trainer, steps_per_epoch: int) -> int:
     Computed here, since Lightning's own `estimated_stepping_batches` loses the place of a run that resumes.
 
     Raises:
-        InputError: neither `trainer.max_steps` nor `trainer.max_epochs` sets an end.
+        InputError: neither `trainer.max_steps` nor `trainer.max_epochs` sets an end, or an epoch has no steps.
     """
+    if not steps_per_epoch:
+        raise InputError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches} leaves an epoch without a batch; raise it"
+        )
     budgets = []
     if trainer.max_steps is not None and trainer.max_steps > 0:
         budgets.append(trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         budgets.append(trainer.max_epochs * steps_per_epoch)
-    if not budgets or not steps_per_epoch:
-        raise InputError("the run would have no steps or no end; set trainer.max_steps or trainer.max_epochs above 0")
+    if not budgets:
+        raise InputError("the run would have no end; set trainer.max_steps or trainer.max_epochs above 0")
     return min(budgets)

@@ -32,7 +32,7 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
     [
         ("train.py", ["data=text", "data.path=none.txt"], "none.txt does not exist"),
         ("train.py", ["data=text", "data.path=empty.txt"], "holds no text"),
-        ("train.py", ["data=text", "data.path=folder"], "a folder without a file"),
+        ("train.py", ["data=text", "data.path=sweep/none"], "a folder without a file"),
         ("train.py", ["data=text", "data.path=bytes.txt"], "byte 0xff at offset 600"),
         ("train.py", ["data=text", "data.path=short.txt"], "data.window=39 is the largest that fits"),
         (
@@ -40,14 +40,22 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
             ["data=text", "data.path=short.txt", "data.window=20", "data.batch_size=1000"],
             "lower data.batch_size",
         ),
+        ("train.py", ["data=text", "data.path=utf16.txt"], "data.encoding=utf-16"),
+        ("train.py", ["data=text", "data.path=short.txt", "data.split=documents"], "the val split is empty"),
         ("train.py", ["data.widow=3"], "did you mean data.window?"),
+        ("train.py", ["--seed", "3"], "there is no --seed; settings are written name=value, as in seed=VALUE"),
+        ("train.py", ["trainer.val_check_interval=0.5"], "give trainer.check_val_every_n_epoch=1 too"),
+        ("train.py", ["trainer.limit_train_batches=1e-9"], "leaves an epoch without a batch"),
+        ("train.py", ["hydra.run.dir=folder"], "folder holds metrics.csv, mine and no run of charlm's"),
+        ("train.py", ["hydra.run.dir=."], "and no run of charlm's"),
         ("train.py", ["trainer.max_step=3"], "did you mean trainer.max_steps?"),
         ("train.py", ["data.window=abc"], "could not be converted to Integer"),
         ("train.py", ["model=lst"], "choose from gru, lstm, rnn"),
         ("train.py", ["model.hidden_size=0"], "model.hidden_size=0 must be 1 or more"),
         ("train.py", ["model.dropout=1.5"], "model.dropout=1.5"),
-        ("train.py", ["sampling.temperature=-1"], "temperature=-1"),
+        ("train.py", ["sampling.temperature=-1"], "sampling.temperature=-1"),
         ("train.py", ["sampling.prompt=Привет, мир"], "'П' (U+041F)"),
+        ("train.py", ["sampling.prompt=Ω"], "with sampling.on_unknown=replace"),
         ("train.py", ["trainer.accelerator=gpu", "trainer.devices=3"], "trainer.devices=3"),
         ("train.py", ["data.window"], "not of the form name=value"),
         ("train.py", ["data=text", "data.path=short.txt", "data.encoding=base64"], "is no encoding"),
@@ -77,6 +85,7 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("sample.py", [], "no run in runs/ has completed"),
         ("sample.py", ["checkpoint=none.ckpt"], "none.ckpt does not exist"),
         ("sample.py", ["checkpoint=short.txt"], "not a checkpoint of charlm's"),
+        ("sample.py", ["checkpoint=sweep"], "sweep is not a run's folder"),
         ("sample.py", ["temperature=-0.5"], "temperature=-0.5"),
         ("sample.py", ["lenght=3"], "did you mean length?"),
     ],
@@ -87,8 +96,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "sweep").mkdir()
+    (tmp_path / "folder" / "mine").mkdir(parents=True)
+    (tmp_path / "folder" / "mine" / "video.part").touch()
+    (tmp_path / "folder" / "metrics.csv").write_text("mine")
+    (tmp_path / "utf16.txt").write_text("text", encoding="utf-16")
+    (tmp_path / "sweep" / "none").mkdir(parents=True)
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     (tmp_path / "bytes.txt").write_bytes(b"text\n" * 120 + b"\xff")
     (tmp_path / "short.txt").write_text("0123456789" * 40)
@@ -194,8 +206,10 @@ def test_whoever_has_read_enough_of_the_texts_ends_the_program_quietly(run: Path
     assert process.returncode == 128 + signal.SIGPIPE
 
 
-def test_a_text_is_taken_as_it_stands(run: Path, program: Program) -> None:
-    prompt = "The sea, and (some) = {hill} ${x} 'q' "
+@pytest.mark.parametrize(
+    "prompt", ["The sea, and (some) = {hill} ${x} 'q' ", '"Yes," she said.', "'tis", "[see", r"The \${oc.env:HOME}"]
+)
+def test_a_text_is_taken_as_it_stands(prompt: str, run: Path, program: Program) -> None:
     done = program(
         "sample.py", f"checkpoint={run}", f"prompt={prompt}", "length=1", "temperature=0", "on_unknown=replace"
     )

@@ -101,11 +101,11 @@ def test_a_damaged_file_of_a_finished_training_is_named(short: list[str], progra
 def test_a_job_that_fails_costs_only_itself_and_is_tried_again(
     short: list[str], program: Program, tmp_path: Path
 ) -> None:
-    given = ("hydra.sweep.dir=s", "model.hidden_size=0,8", "data.window=20,90000")
+    given = ("hydra.sweep.dir=s", "model.hidden_size=8", "data.window=20,90000")
     done = program("train.py", "-m", *short, *given)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "2 of 3 trainings failed: model.hidden_size=0 must be 1 or more (2 jobs); lstm-8x1_" in done.stderr
+    assert "1 of 2 trainings failed: lstm-8x1_" in done.stderr
     assert "is the largest that fits every split" in done.stderr
     assert [result["status"] for result in results(tmp_path / "s").values()] == ["completed"]
     again = program("train.py", "-m", *short, *given)
@@ -113,8 +113,10 @@ def test_a_job_that_fails_costs_only_itself_and_is_tried_again(
     assert "2 trainings, 1 done before" in again.stdout
 
 
-def test_a_sweep_of_which_nothing_can_work_is_refused_and_leaves_nothing(program: Program, tmp_path: Path) -> None:
-    for bad in ("model.hidden_size=0,-1", "model.hiden_size=8,16", "hydra.launcher.jobs=0"):
+def test_a_sweep_of_which_a_job_cannot_work_is_refused_and_leaves_nothing(program: Program, tmp_path: Path) -> None:
+    done = program("train.py", "-m", "model.hidden_size=8,0", "seed=1,2")
+    assert "model.hidden_size=0 must be 1 or more (in 2 of 4 jobs; none has begun)" in done.stderr
+    for bad in ("model.hidden_size=8,0", "model.hidden_size=0,-1", "model.hiden_size=8,16", "hydra.launcher.jobs=0"):
         done = program("train.py", "-m", bad)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert not list(tmp_path.iterdir())
