@@ -62,7 +62,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name} is not available here: {first_line(error)}") from None
+        hint = "; did you mean cuda?" if name.startswith("gpu") else ""
+        raise InputError(f"device={name} is not available here: {first_line(error)}{hint}") from None
     return device
 
 
@@ -136,7 +137,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise _refusal(path, "it holds more than tensors and plain values, such as code") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except zipfile.BadZipFile:
+        raise _refusal(path, "it is cut off or damaged, or of another kind") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise _refusal(path, first_line(error)) from None

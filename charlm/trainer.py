@@ -178,6 +178,7 @@ def describe(model: CharLM, data: CharDataModule, trainer: L.Trainer) -> None:
     unseen = sum(corpus.unknown[split] for split in ("val", "test"))
     log.info(
         f"text: {config.source}, {sizes} characters, {len(corpus.vocabulary)} symbols"
+        + (", one of them the carriage return of CRLF line ends" if "\r" in corpus.vocabulary.symbols else "")
         + (f"; {unseen:,} characters of val and test are not in the training text" if unseen else "")
     )
     parameters = model.network.size

@@ -82,6 +82,7 @@ def run(composed: Callable[..., TrainConfig], tiny: list[str], tmp_path_factory:
         ("train.py", ["--cfg", "job", "-m", "seed=1,2"], "-m and --cfg do not go together"),
         ("sample.py", ["output=folder"], "output=folder cannot be written"),
         ("sample.py", ["device=meta"], "device=meta is not available"),
+        ("sample.py", ["device=gpu"], "did you mean cuda?"),
         ("sample.py", [], "no run in runs/ has completed"),
         ("sample.py", ["checkpoint=none.ckpt"], "none.ckpt does not exist"),
         ("sample.py", ["checkpoint=short.txt"], "not a checkpoint of charlm's"),
