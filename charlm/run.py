@@ -269,7 +269,8 @@ def _is_ours(path: Path) -> bool:
         return "status" in read_result(path.parent)
     if path.name == "checkpoints":
         return path.is_dir() and all(inside.name.endswith(".part") for inside in path.iterdir())
-    return path.name in (LOCK, "train.log", "output.log", "sampled", "wandb", "wandb_id.txt", "config.yaml.part")
+    names = ("train.log", "output.log", "sampled", "wandb", "wandb_id.txt", "config.yaml.part")
+    return path.name in names or path.name.startswith(".")  # the lock, and what systems and Hydra put anywhere
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

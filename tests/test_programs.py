@@ -100,6 +100,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     (tmp_path / "folder" / "mine").mkdir(parents=True)
     (tmp_path / "folder" / "mine" / "video.part").touch()
     (tmp_path / "folder" / "metrics.csv").write_text("mine")
+    (tmp_path / "folder" / ".directory").touch()
     (tmp_path / "utf16.txt").write_text("text", encoding="utf-16")
     (tmp_path / "sweep" / "none").mkdir(parents=True)
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
