@@ -1,9 +1,9 @@
 """What a test figure stands beside: two compressors, and an n-gram model of the same training text.
 
 A model that predicts a text well would compress it well, to as many bits as its loss says (Shannon, "A mathematical
-theory of communication", 1948). So what a
-compressor makes of the test text is a bound that a model should stay far below; an n-gram model, which only counts, is
-what a network has to beat to have learnt more than which characters follow which.
+theory of communication", 1948). So what a compressor makes of the test text is a bound that a model should stay far
+below; an n-gram model, which only counts, is what a network has to beat to have learnt more than which characters
+follow which.
 """
 
 from __future__ import annotations
@@ -133,7 +133,6 @@ def _discounts(count: Int64) -> Float64:
     discounts = [0.0]
     for times, (here, more) in enumerate(pairwise(with_count), start=1):
         discount = times - (times + 1) * y * more / here if here and more else y
-        discounts.append(
-            min(discount if discount > 0 else y, float(times))
-        )  # of 0, nothing would be left for the unseen
+        discount = discount if discount > 0 else y  # of 0, nothing would be left for what was not seen
+        discounts.append(min(discount, float(times)))
     return np.array(discounts)

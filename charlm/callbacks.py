@@ -41,7 +41,7 @@ class Callbacks(NamedTuple):
 def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_bar: bool) -> Callbacks:
     """Return what shall happen beside the training of a run."""
     checkpoints = Checkpoints(run, signals)
-    interval = config.trainer.get("log_every_n_steps", 50)
+    interval = config.trainer.get("log_every_n_steps") or 50
     training_log, finite = TrainingLog(interval), FiniteSteps(config.on_nonfinite, interval)
     decay = config.weight_average.decay
     average = None if decay is None else WeightAverage(decay)
@@ -55,7 +55,7 @@ def build_callbacks(config: TrainConfig, run: Run, signals: Signals, progress_ba
         checkpoints,
     ]
     if config.early_stopping.patience is not None:
-        # At each validation, also where one ends an epoch: a checkpoint that this writes knows of it.
+        # At each validation, also where one ends an epoch: the checkpoint that is written then knows of it.
         patience = config.early_stopping.patience
         callbacks.append(EarlyStopping("val/loss", patience=patience, check_on_train_epoch_end=False))
     if progress_bar:
@@ -171,10 +171,9 @@ class FinalValidation(L.Callback):
         last_step = 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
         if last_step or (last_epoch and trainer.is_last_batch):
-            trainer.should_stop = True  # Lightning validates before it stops,
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = (
-                None  # whatever was asked for at least,
-            )
+            trainer.should_stop = True  # Lightning validates before it stops, ...
+            trainer.fit_loop.min_epochs = None  # ... but not before it has done what was asked for at least
+            trainer.fit_loop.epoch_loop.min_steps = None
         if trainer.should_stop:
             trainer.check_val_every_n_epoch = None  # in whichever epoch that is
 

@@ -57,13 +57,13 @@ class CharDataModule(L.LightningDataModule):
     def _check_length(self, split: str) -> None:
         window = self.config.window
         longest = max((stop - start for start, stop in self.corpus.segments[split]), default=0)
-        # Training needs whole windows; evaluation scores any two characters, but far fewer than a window say nothing.
         if longest == 0 and split != "test":
             raise InputError(
                 f"the {split} split is empty with data.split={self.config.split}, data.fractions="
                 f"{list(self.config.fractions)}; give more text, as more documents where they are dealt out whole, or "
                 "choose others"
             )
+        # Training needs whole windows; evaluation scores any two characters, but far fewer than a window say nothing.
         if longest < window + 1 and not (split == "test" and longest == 0):
             largest = min(
                 max((stop - start for start, stop in segments), default=0) - 1

@@ -229,8 +229,7 @@ class PoolLauncher(Launcher):
             Of each job its training's lowest validation loss, or why it failed.
 
         Raises:
-            InputError: a job of a plain grid cannot work, or none of others', or a file of a finished training is
-                damaged.
+            InputError: a job of a plain grid cannot work, or no job can, or a file of a finished training is damaged.
             Interrupted: by a signal.
         """
         setup_globals()

@@ -59,8 +59,8 @@ class CharRNN(nn.Module):
         cell: "lstm", "gru" or "rnn" (tanh).
         hidden_size: H.
         num_layers: L.
-        dropout: share of units set to zero between layers and before the output (Zaremba et al.,
-            "Recurrent neural network regularization", 2014).
+        dropout: share of units set to zero between layers and before the output (Zaremba et al., "Recurrent
+            neural network regularization", 2014).
         embedding_size: I; 0 is one-hot input, I = V; None is one-hot up to 256 symbols, else an embedding of 128.
         one_hot_scale: what a one-hot vector has in its one place. The weights behind it begin smaller by as much, so
             that at first the same comes of them; but a step of the optimizer then changes it by as much more.

@@ -34,6 +34,9 @@ from charlm.signals import Signals
 
 log = logging.getLogger(__name__)
 
+# What a checkpoint holds besides weights and their sizes, if a run can go on from it.
+_OF_A_RUN = {"loops", "optimizer_states", "lr_schedulers", "ranks", "windows_a_step", "written", "best"}
+
 
 def find_resumable(
     run: Run, model: CharLM, data: CharDataModule, world_size: int
@@ -54,10 +57,9 @@ def find_resumable(
         except InputError as error:
             refused.append(str(error))
             continue
-        batch_size, ranks = content["windows_a_step"] // len(content["ranks"]), len(content["ranks"])
-        if (
-            ranks == world_size and batch_size != data.config.batch_size
-        ):  # elsewhere a step's windows are dealt out anew
+        ranks = len(content["ranks"])  # another number of them deals out a step's windows anew
+        batch_size = content["windows_a_step"] // ranks
+        if ranks == world_size and batch_size != data.config.batch_size:
             raise InputError(
                 f"{run.folder} was begun with data.batch_size={batch_size} on as many devices; give the same to go on "
                 "with it"
@@ -71,15 +73,7 @@ def find_resumable(
 
 
 def _check_origin(path: Path, content: dict[str, Any], model: CharLM) -> None:
-    lacking = {
-        "loops",
-        "optimizer_states",
-        "lr_schedulers",
-        "ranks",
-        "windows_a_step",
-        "written",
-        "best",
-    } - content.keys()
+    lacking = _OF_A_RUN - content.keys()
     if lacking:
         raise InputError(f"{path} holds weights, but not the state of a run ({', '.join(sorted(lacking))})")
     for key in ("symbols", "model", "optimizer", "regularization"):

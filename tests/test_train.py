@@ -302,6 +302,13 @@ def test_without_a_test_split_the_run_ends_with_its_validation(
     assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "20"]
 
 
+def test_an_interval_of_the_log_that_is_left_to_lightning_is_its_own(
+    composed: Composed, tiny: list[str], tmp_path: Path
+) -> None:
+    train(composed(*tiny, "trainer.log_every_n_steps=null", "trainer.max_steps=55"), tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if row["train/loss"]] == ["50"]
+
+
 def test_a_validation_before_the_first_step_is_a_trial_and_no_figure(
     composed: Composed, tiny: list[str], tmp_path: Path
 ) -> None:
