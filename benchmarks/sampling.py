@@ -43,7 +43,7 @@ INT8_CASES = [
 ]
 # Characters of each text that charlm draws, by the number of texts, and the share of them that the references draw:
 # about half a second each.
-CHARACTERS = {"cpu": {1: 4000, 6: 1000, 64: 400}, "cuda": {1: 20_000, 256: 5000}}
+CHARACTERS = {"cpu": {1: 4000, 6: 1000, 64: 400}, "cuda": {1: 40_000, 256: 20_000}}
 SHARE = {"cpu": 0.1, "cuda": 0.04}
 START = 1  # a newline
 
@@ -101,9 +101,8 @@ def beside_references(device: str, runs: int) -> None:
         lengths = {"notebook": int(whole * SHARE[device]), "nn.LSTM": int(whole * SHARE[device]), "charlm": whole}
         if Sampler(network, Vocabulary(SYMBOLS)).arithmetic != "float32":
             ways["float32"], lengths["float32"] = partial(charlm, weights="float32"), whole
-        for way in ways.values():
-            way(network, texts, 40)  # libraries load
         drawers = {name: partial(seconds, partial(way, network, texts, lengths[name])) for name, way in ways.items()}
+        by_turns(drawers, 1)  # libraries load
         rates = {
             name: [texts * lengths[name] / taken for taken in values]
             for name, values in by_turns(drawers, runs).items()

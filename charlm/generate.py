@@ -175,25 +175,30 @@ class Sampler:
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
     ) -> list[str]:
         """Return the whole texts that `grow` draws."""
-        rows, end_id = [], self.vocabulary.end_id
+        end_id, decode = self.vocabulary.end_id, self.vocabulary.decode
+        drawn = np.empty((length, len(temperatures)), dtype=self.vocabulary.dtype)
         ended = np.zeros(len(temperatures), dtype=bool)
-        for ids in self._ids(prompt, length, temperatures, seeds):
-            rows.append(ids)
+        count = 0
+        for count, ids in enumerate(self._ids(prompt, length, temperatures, seeds), start=1):
+            drawn[count - 1] = ids
             if end_id is not None:
                 ended |= ids == end_id
                 if ended.all():
                     break
-        texts = np.stack(rows, axis=1) if rows else np.empty((len(temperatures), 0), dtype=np.int64)
-        ends = [np.flatnonzero(ids == end_id)[:1].tolist() or [len(ids)] for ids in texts]
-        return [self.vocabulary.decode(ids[:end]) for ids, (end,) in zip(texts, ends, strict=True)]
+        texts = np.ascontiguousarray(drawn[:count].T)
+        if end_id is None:
+            return [decode(ids) for ids in texts]
+        return [decode(ids[: next(iter(np.flatnonzero(ids == end_id)), None)]) for ids in texts]
 
     def _ids(
         self, prompt: Sequence[int], length: int, temperatures: Sequence[float], seeds: Sequence[tuple[int, int]]
     ) -> Iterator[Ids]:
         # Random numbers of each sample's own, other ones at another temperature.
-        keys = [(*seed, int(np.float64(t).view(np.uint64))) for seed, t in zip(seeds, temperatures, strict=True)]
-        uniforms = np.stack([np.random.default_rng(key).random(length, dtype=np.float32) for key in keys], axis=1)
-        given = self.network, beginning(self.vocabulary, prompt), temperatures, uniforms, self.top_k, self.top_p
+        uniforms = np.empty((len(temperatures), length), dtype=np.float32)
+        for row, seed, temperature in zip(uniforms, seeds, temperatures, strict=True):
+            key = (*seed, int(np.float64(temperature).view(np.uint64)))
+            np.random.default_rng(key).random(dtype=np.float32, out=row)
+        given = self.network, beginning(self.vocabulary, prompt), temperatures, uniforms.T, self.top_k, self.top_p
         arithmetic = self.arithmetic
         if length and decode_cpu.product_of(self.network, arithmetic):
             yield from decode_cpu.decode(*given, arithmetic)

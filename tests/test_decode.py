@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,30 @@ from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class OwnKernels:
+    """`decode_exact` as it draws long texts on CUDA."""
+
+    Steps = decode_exact.Steps
+
+    @staticmethod
+    def Weights(network: CharRNN) -> decode_exact.Weights:
+        return decode_exact.Weights(network, decode_exact.own_kernels())
+
+    @staticmethod
+    def decode(*given: Any, **rules: Any) -> Iterator[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_exact, "LONG", 0)
+            yield from decode_exact.decode(*given, **rules)
+
+
 cells = pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 WAYS = [
     pytest.param(decode_cpu, "cpu", id="cpu"),
     pytest.param(decode_exact, "cpu", id="exact"),
     pytest.param(decode_exact, "cuda", id="graph", marks=cuda),
+    pytest.param(OwnKernels, "cuda", id="own-kernels", marks=cuda),
 ]
 ways = pytest.mark.parametrize(("way", "device"), WAYS)
 SYMBOLS = [UNKNOWN, "\n", *(chr(code) for code in range(97, 157))]
@@ -38,14 +56,19 @@ def network(cell: str = "lstm", size: int = 48, layers: int = 2, device: str = "
     return made.eval()
 
 
-def drawn(
-    way: ModuleType, made: CharRNN, samples: int, length: int, prompt: tuple[int, ...] = (3,), **options: Any
-) -> Any:
+def drawn(way: Any, made: CharRNN, samples: int, length: int, prompt: tuple[int, ...] = (3,), **options: Any) -> Any:
     """Return ids, shape (length, samples), sample i with random numbers of its own and one of three temperatures."""
     uniforms = np.stack([np.random.default_rng(i).random(length, dtype=np.float32) for i in range(samples)], axis=1)
     temperatures = [(0.7, 1.0, 1.4)[i % 3] for i in range(samples)]
     rules = {"top_k": None, "top_p": None, **options}
     return np.array(list(way.decode(made, prompt, temperatures, uniforms, **rules)))
+
+
+def read(steps: decode_cpu.Steps | decode_exact.Steps, ids: torch.Tensor) -> None:
+    if isinstance(steps, decode_cpu.Steps):
+        steps.read(ids.numpy())
+    else:
+        steps.read(ids.to(steps.logits.device)[None], 0)
 
 
 @ways
@@ -56,7 +79,7 @@ def drawn(
     ids=str,
 )
 def test_steps_score_as_the_network_does(
-    cell: str, layers: int, options: dict[str, Any], way: ModuleType, device: str
+    cell: str, layers: int, options: dict[str, Any], way: Any, device: str
 ) -> None:
     made = network(cell, 48, layers, **options)
     ids = torch.randint(0, len(SYMBOLS), (3, 50), generator=torch.Generator().manual_seed(2))
@@ -65,7 +88,7 @@ def test_steps_score_as_the_network_does(
     weights = way.Weights(made)
     steps = way.Steps(weights, 3)
     for i in range(50):
-        steps.read(ids[:, i].numpy() if way is decode_cpu else weights.table[ids[:, i].to(device)])
+        read(steps, ids[:, i])
         assert torch.as_tensor(steps.logits).cpu().numpy() == pytest.approx(scores[:, i].numpy(), abs=2e-5)
 
 
@@ -73,7 +96,7 @@ def test_steps_score_as_the_network_does(
 @cells
 @pytest.mark.parametrize("size", [33, 128])
 def test_scores_are_the_same_to_the_last_bit_whatever_is_beside_them(
-    cell: str, size: int, way: ModuleType, device: str
+    cell: str, size: int, way: Any, device: str
 ) -> None:
     made = network(cell, size, device=device)
     weights = way.Weights(made)
@@ -84,7 +107,7 @@ def test_scores_are_the_same_to_the_last_bit_whatever_is_beside_them(
         steps = way.Steps(weights, len(range(most)[chosen]))
         rows = []
         for row in ids[:, chosen]:
-            steps.read(row.numpy() if way is decode_cpu else weights.table[row.to(device)])
+            read(steps, row)
             rows.append(torch.as_tensor(steps.logits).cpu().clone())
         return torch.stack(rows)  # (characters, B, V - 1)
 
@@ -105,7 +128,7 @@ def test_scores_are_the_same_to_the_last_bit_whatever_is_beside_them(
 @cells
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}], ids=str)
 def test_a_text_is_its_own_whatever_is_drawn_beside_it(
-    cell: str, options: dict[str, Any], way: ModuleType, device: str
+    cell: str, options: dict[str, Any], way: Any, device: str
 ) -> None:
     made = network(cell, device=device)
     together = drawn(way, made, 70, 90, **options)
@@ -114,7 +137,7 @@ def test_a_text_is_its_own_whatever_is_drawn_beside_it(
 
 
 @ways
-def test_a_text_goes_on_from_its_prompt_to_the_last_bit(way: ModuleType, device: str) -> None:
+def test_a_text_goes_on_from_its_prompt_to_the_last_bit(way: Any, device: str) -> None:
     made = network(device=device)
     whole = drawn(way, made, 1, 200)[:, 0]
     for cut in (1, 31, 32, 33, 150):
@@ -140,6 +163,19 @@ def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatc
     monkeypatch.setitem(decode_exact.AT_A_TIME, "cuda", 1)
     monkeypatch.setattr(decode_exact, "_recorded", lambda run, count, steps: lambda: run(count))
     assert np.array_equal(drawn(decode_exact, made, 5, 70, tuple(range(1, 50)), **options), graph)
+
+
+@cuda
+@cells
+@pytest.mark.parametrize("size", [48, 200])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, float("inf")])
+def test_own_kernels_draw_what_torchs_do(cell: str, size: int, temperature: float) -> None:
+    pytest.importorskip("triton", reason="torch brings no Triton here")
+    assert decode_exact.own_kernels() is not None
+    made = network(cell, size, device="cuda")
+    uniforms = np.random.default_rng(1).random((70, 9), dtype=np.float32)
+    given = made, [3, 4], [temperature] * 9, uniforms, None, None
+    assert np.array_equal(list(OwnKernels.decode(*given)), list(decode_exact.decode(*given)))
 
 
 def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
