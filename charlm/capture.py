@@ -98,11 +98,13 @@ _FLAGS: Mapping[str, dict[str, bool]] = {
 class CapturedCharLM(ManualCharLM):
     """A `CharLM` whose training step is one CUDA graph.
 
-    It trains as `CharLM` does, up to rounding, and their checkpoints go on with either.
+    It trains as `CharLM` does, up to rounding, and their checkpoints go on with either. Between a small GRU's layers it
+    draws other units to drop.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.network.regularizer.recorded = True
         self._replay: Callable[[], None] | None = None
 
     @property
@@ -158,7 +160,7 @@ class CapturedCharLM(ManualCharLM):
 
     def _record(self, optimizer: Optimizer) -> Callable[[], None]:
         """Return what replays the step. Weights, optimizer and random state are left as they were."""
-        self.network.regularizer.cudnn_dropout.begin(self.network.rnn)
+        self.network.regularizer.begin(self.network.rnn)
         random = torch.cuda.get_rng_state(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -5,6 +5,7 @@
 
 Layers run one by one, with torch's dropout in between, would need neither. But cuDNN overlaps the layers of one call:
 without, the captured training of an LSTM 512x2 at batch 128 falls from 3.8 to 2.4 million characters a second (H100).
+Small GRUs gain more by being run so (charlm/cudnn_layer.py).
 
 Legend: B batch, T window, I input, H hidden, L layers.
 """

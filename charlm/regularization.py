@@ -16,18 +16,17 @@ Legend: B batch, T window, I input, H hidden, L layers, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from charlm import cudnn_layer
 from charlm.cudnn_dropout import CudnnDropout
 
 if TYPE_CHECKING:
     from charlm.network import State
-
-_LAYERS: dict[type[nn.RNNBase], Any] = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}
 
 
 class Regularizer(nn.Module):
@@ -46,6 +45,9 @@ class Regularizer(nn.Module):
         activation: the loss gains this times the mean square of the last layer's output behind its dropout ("AR":
             Merity et al., "Revisiting activation regularization for language RNNs", 2017).
         temporal_activation: and this times the mean square of its change from character to character ("TAR", the same).
+
+    Attributes:
+        recorded: whether training steps are recorded as CUDA graphs, in which many small kernels cost little.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Regularizer(nn.Module):
         self.activation = activation
         self.temporal_activation = temporal_activation
         self.cudnn_dropout = CudnnDropout()
+        self.recorded = False
         self._penalty: Tensor | None = None
 
     def inputs(self, ids: Tensor, inputs: Tensor, vocabulary_size: int) -> Tensor:
@@ -89,8 +92,7 @@ class Regularizer(nn.Module):
         Returns:
             The last layer's output, (B, T, H), and the state behind the last character.
         """
-        between = self.hidden_dropout and rnn.num_layers > 1
-        if not self.training or not (between or self.weight_dropout):
+        if not self.training or not self._one_by_one(rnn):
             if self.training and self.cudnn_dropout.draws(rnn):
                 return self.cudnn_dropout.run(rnn, inputs, state)
             hidden, state = rnn(inputs, state)
@@ -105,6 +107,16 @@ class Regularizer(nn.Module):
         parts = [torch.cat(part) for part in zip(*ends, strict=True)]  # (L, B, H) each
         return hidden, (parts[0], parts[1]) if len(parts) == 2 else parts[0]
 
+    def begin(self, rnn: nn.RNNBase, state: Tensor | None = None) -> None:
+        """Have a random state of cuDNN's if it is to draw; see `CudnnDropout.begin`."""
+        if not self._one_by_one(rnn):
+            self.cudnn_dropout.begin(rnn, state)
+
+    def _one_by_one(self, rnn: nn.RNNBase) -> bool:
+        """Return whether the layers are run one by one in training."""
+        between = self.hidden_dropout and rnn.num_layers > 1
+        return bool(between or self.weight_dropout or (self.recorded and cudnn_layer.pays(rnn)))
+
     def _layer(self, rnn: nn.RNNBase, layer: int, inputs: Tensor, state: State | None) -> tuple[Tensor, ...]:
         """Run one of the layers; return its output (B, T, H) and the parts of its state, (1, B, H) each."""
         names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -115,7 +127,9 @@ class Regularizer(nn.Module):
             for part in parts
         ]
         weights = [of_input, F.dropout(recurrent, self.weight_dropout), *biases]
-        run, hx = _LAYERS[type(rnn)], begin if isinstance(rnn, nn.LSTM) else begin[0]
+        if self.recorded and cudnn_layer.pays(rnn):
+            return cudnn_layer.layer(type(rnn), inputs, begin, *weights)
+        run, hx = cudnn_layer.LAYERS[type(rnn)], begin if isinstance(rnn, nn.LSTM) else begin[0]
         with warnings.catch_warnings():
             # cuDNN would rather have all weights in one piece. New ones each step are not, and copying them is cheap.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")

@@ -140,7 +140,7 @@ class ExactResume(Callback):
         assert isinstance(pl_module, CharLM)
         mine = self._ranks[trainer.global_rank] if self._ranks else {}
         if "random_cudnn" in mine:
-            pl_module.network.regularizer.cudnn_dropout.begin(pl_module.network.rnn, mine["random_cudnn"])
+            pl_module.network.regularizer.begin(pl_module.network.rnn, mine["random_cudnn"])
         if "random" in mine:
             torch.set_rng_state(mine["random"])
         else:  # a fresh run, or one that goes on with another number of devices: each rank draws its own dropout

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from charlm import cudnn_layer
 from charlm.network import CharRNN
 from charlm.regularization import Regularizer
 
@@ -109,7 +110,7 @@ def test_weight_dropout_zeroes_its_share_of_the_recurrent_weights_alone(monkeypa
         seen.append(weights)
         return plain_gru(inputs, hx, weights, *rest)
 
-    monkeypatch.setitem(__import__("charlm.regularization", fromlist=["_LAYERS"])._LAYERS, torch.nn.GRU, gru)
+    monkeypatch.setitem(cudnn_layer.LAYERS, torch.nn.GRU, gru)
     torch.manual_seed(0)
     model = CharRNN(V, "gru", 64, 2, regularization={"weight_dropout": 0.3})
     model(ids())
