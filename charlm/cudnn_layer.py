@@ -77,7 +77,9 @@ class _InputGates(torch.autograd.Function):
         before: list[Tensor],
     ) -> Tensor:  # fmt: skip
         """Return (T, B, G) of inputs (T, B, I); `before` is to get the states before each character, (T, B, H)."""
-        with _rounded_as_by_cudnn():
+        # Under autocast torch has cuDNN's layers run in fp16, whatever type is asked for.
+        fp16 = torch.autocast(inputs.device.type, torch.float16, enabled=torch.is_autocast_enabled())
+        with _rounded_as_by_cudnn(), fp16:
             gates = F.linear(inputs, of_input, input_bias)
         ctx.gru, ctx.before = gru, before
         ctx.save_for_backward(inputs, of_input, recurrent, bias, gates)

@@ -23,7 +23,7 @@ def torchs(cell: type[nn.RNNBase], inputs: Tensor, begin: Sequence[Tensor], *wei
 
 
 def outcome(
-    run: Run, cell: str, device: str, dtype: torch.dtype, autocast: bool = False, size: int = 24
+    run: Run, cell: str, device: str, dtype: torch.dtype, autocast: torch.dtype | None = None, size: int = 24
 ) -> list[Tensor]:
     """Return a layer's output, its state at the end, and the gradients of all that it was given."""
     torch.manual_seed(1)
@@ -31,7 +31,7 @@ def outcome(
     begin = [torch.rand(1, 5, size) for _ in range(2 if cell == "lstm" else 1)]
     given = [torch.randn(5, 17, 11), *begin, *(p.detach() for p in rnn.parameters())]
     given = [value.to(device, dtype).requires_grad_() for value in given]
-    with torch.autocast(device, torch.float16, enabled=autocast):
+    with torch.autocast(device, autocast or torch.float16, enabled=autocast is not None):
         output, *end = run(type(rnn), given[0], given[1 : 1 + len(begin)], *given[1 + len(begin) :])
     weighting = torch.randn(5, 17, size, generator=torch.Generator().manual_seed(2)).to(device)
     ((output * weighting).sum() + sum((part**2).sum() for part in end)).backward()
@@ -50,9 +50,9 @@ def test_it_gives_torchs_output_and_gradients(cell: str) -> None:
 @cuda
 @cells
 @pytest.mark.parametrize("size", [24, 64, 128])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
-def test_it_gives_them_on_cuda_as_exactly_as_cudnn(cell: str, size: int, autocast: bool) -> None:
+def test_it_gives_them_on_cuda_as_exactly_as_cudnn(cell: str, size: int, autocast: torch.dtype | None) -> None:
     exact = outcome(torchs, cell, "cpu", torch.float64, size=size)
     mine, cudnns = (outcome(run, cell, "cuda", torch.float32, autocast, size) for run in (cudnn_layer.layer, torchs))
     for a, b, c in zip(mine, cudnns, exact, strict=True):
