@@ -3,7 +3,7 @@
     torch      cuDNN runs all layers in one call, and sums up the gradients of their weights
     charlm     each layer is a call, and those gradients are charlm's (charlm/cudnn_layer.py)
 
-Both are a bare loop that replays the graph of a whole step; the table is where charlm should do so.
+Both are a bare loop that replays the graph of a whole step. The last column says which of them charlm takes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from measurement import Table, by_turns, machine, ratio
@@ -30,16 +31,21 @@ CASES = [  # cell, hidden units, layers, batch
 
 
 class Layers(BareGraph):
-    """Replays a step whose layers are charlm's own, or torch's."""
+    """Replays a step whose layers are torch's."""
 
-    own = False
+    own = chosen = False
 
     def on_train_start(self) -> None:
-        self.network.regularizer.recorded = self.own
-        super().on_train_start()
+        regularizer = self.network.regularizer
+        Layers.chosen = cudnn_layer.pays(self.network.rnn, one_by_one=bool(regularizer.weight_dropout))
+        regularizer.recorded = self.own
+        with mock.patch.object(cudnn_layer, "pays", return_value=True):
+            super().on_train_start()
 
 
 class OwnLayers(Layers):
+    """Replays a step whose layers are charlm's own."""
+
     own = True
 
 
@@ -47,14 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80, help="steps of a run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each way")
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="settings of train.py, such as trainer.precision=32-true"
+    )
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("it needs a CUDA device")
     print(machine("lightning"))
     print(f"window 100, {given.runs} runs of {given.steps} steps; microseconds a step")
     table = Table("network, batch", "precision", "torch", "charlm", "torch / charlm", "chosen")
-    largest = dict(cudnn_layer.LARGEST)
-    cudnn_layer.LARGEST.update(dict.fromkeys(largest, (10**6, 10**6)))
     for cell, hidden, layers, batch in CASES:
         config = composed(
             f"model={cell}",
@@ -62,6 +69,7 @@ def main() -> None:
             f"model.num_layers={layers}",
             f"data.batch_size={batch}",
             "logger=csv",
+            *given.override,
         )
         ways: dict[str, Any] = {"torch": bare(Layers), "charlm": bare(OwnLayers)}
         seconds = by_turns({name: partial(way, config, 10, given.steps) for name, way in ways.items()}, given.runs)
@@ -70,7 +78,7 @@ def main() -> None:
             choose_precision(config.trainer, cell, hidden)["precision"],
             *(statistics.median(seconds[name]) * 1e6 for name in ways),
             f"{ratio(seconds, 'torch', 'charlm'):.2f}",
-            "charlm" if hidden <= largest[CELLS[cell]][layers > 1] else "torch",
+            "charlm" if Layers.chosen else "torch",
         )
 
 

@@ -107,7 +107,13 @@ def parts(
         default_root_dir=tempfile.gettempdir(),
         enable_checkpointing=False,
     )
-    model = build(vocabulary.symbols, sizes, asdict(config.optimizer), skip + steps)
+    model = build(
+        vocabulary.symbols,
+        sizes,
+        asdict(config.optimizer),
+        skip + steps,
+        regularization=asdict(config.regularization),
+    )
     if isinstance(model, ManualCharLM):
         model.take_over(trainer, data)
     return data, trainer, model, clock

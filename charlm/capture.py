@@ -7,8 +7,8 @@ waits for most of them; a graph starts them all at once (Gray, "Getting started 
     the graph  gather from the block -> forward -> backward -> clip -> optimizer -> sum of losses, carried state
 
 On several devices each rank records its own graph, in which, behind the backward pass, the gradients are averaged over
-the ranks (NCCL's kernels are recorded like any other). They travel in one piece: cuDNN gives the gradients of all
-recurrent layers at once, so there is nothing to send while others are still computed.
+the ranks (NCCL's kernels are recorded like any other). They travel in one piece: cuDNN gives the gradients of most
+networks' recurrent layers at once, so that there is little to send while others are still computed.
 
 A text too large for the device stays in the host's memory; then the windows themselves are given, and none is gathered.
 

@@ -27,16 +27,23 @@ from torch.autograd.function import once_differentiable
 
 LAYERS: dict[type[nn.RNNBase], Any] = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}
 
-# Hidden units up to which a network trains faster so, of one layer and of several (BENCHMARKS.md): cuDNN overlaps the
-# layers of one call, which those that come one by one cannot be.
-LARGEST: dict[type[nn.RNNBase], tuple[int, int]] = {nn.LSTM: (256, 0), nn.GRU: (512, 128), nn.RNN: (512, 0)}
+# Hidden units up to which layers that come one by one train faster so at a batch of 128 or more (BENCHMARKS.md). Of
+# several it must be a small GRU's that make up for coming one by one, for cuDNN overlaps the layers of one call.
+LARGEST, LARGEST_OF_SEVERAL = 256, 128
 
 
-def pays(rnn: nn.RNNBase) -> bool:
-    """Return whether the layers of `rnn` train faster so, one by one, in a CUDA graph."""
-    if rnn.hidden_size > LARGEST[type(rnn)][rnn.num_layers > 1]:
-        return False
-    return bool(torch.backends.cudnn.is_acceptable(rnn.weight_hh_l0))  # type: ignore[no-untyped-call]
+def pays(rnn: nn.RNNBase, one_by_one: bool) -> bool:
+    """Return whether the layers of `rnn` train faster so in a CUDA graph.
+
+    Args:
+        rnn: on its device.
+        one_by_one: whether they come one by one in any case.
+    """
+    if rnn.num_layers == 1 or one_by_one:
+        small = rnn.hidden_size <= LARGEST
+    else:
+        small = isinstance(rnn, nn.GRU) and rnn.hidden_size <= LARGEST_OF_SEVERAL
+    return small and bool(torch.backends.cudnn.is_acceptable(rnn.weight_hh_l0))  # type: ignore[no-untyped-call]
 
 
 def layer(cell: type[nn.RNNBase], inputs: Tensor, begin: Sequence[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
@@ -51,9 +58,9 @@ def layer(cell: type[nn.RNNBase], inputs: Tensor, begin: Sequence[Tensor], *weig
     Returns:
         The output, (B, T, H), and the parts of the state behind the last character, (1, B, H) each.
     """
-    before: list[Tensor] = []
+    states_before: list[Tensor] = []
     inputs = inputs.transpose(0, 1).contiguous()
-    gates: Tensor = _InputGates.apply(cell is nn.GRU, inputs, *weights, before)  # type: ignore[no-untyped-call]
+    gates: Tensor = _InputGates.apply(cell is nn.GRU, inputs, *weights, states_before)  # type: ignore[no-untyped-call]
     begin = [part.to(gates.dtype) for part in begin]
     _, recurrent, _, bias = (weight.detach().to(gates.dtype) for weight in weights)
     identity, no_bias = _neutral(gates.shape[2], gates.dtype, gates.device)
@@ -64,7 +71,7 @@ def layer(cell: type[nn.RNNBase], inputs: Tensor, begin: Sequence[Tensor], *weig
         # has_biases, num_layers, dropout, train, bidirectional, batch_first
         hx = begin if cell is nn.LSTM else begin[0]
         output, *end = LAYERS[cell](gates, hx, constants, True, 1, 0.0, True, False, False)
-    before.append(torch.cat([begin[0].detach(), output.detach()[:-1]]))
+    states_before.append(torch.cat([begin[0].detach(), output.detach()[:-1]]))
     return output.transpose(0, 1), *end
 
 
@@ -74,14 +81,14 @@ class _InputGates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, gru: bool, inputs: Tensor, of_input: Tensor, recurrent: Tensor, input_bias: Tensor, bias: Tensor,
-        before: list[Tensor],
+        states_before: list[Tensor],
     ) -> Tensor:  # fmt: skip
-        """Return (T, B, G) of inputs (T, B, I); `before` is to get the states before each character, (T, B, H)."""
+        """Return (T, B, G) of inputs (T, B, I). Before the backward pass `states_before` is to get those, (T, B, H)."""
         # Under autocast torch has cuDNN's layers run in fp16, whatever type is asked for.
         fp16 = torch.autocast(inputs.device.type, torch.float16, enabled=torch.is_autocast_enabled())
         with _rounded_as_by_cudnn(), fp16:
             gates = F.linear(inputs, of_input, input_bias)
-        ctx.gru, ctx.before = gru, before
+        ctx.gru, ctx.states_before = gru, states_before
         ctx.save_for_backward(inputs, of_input, recurrent, bias, gates)
         return gates
 
@@ -89,7 +96,7 @@ class _InputGates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, of_input, recurrent, bias, gates = ctx.saved_tensors
-        before, size = ctx.before.pop(), recurrent.shape[1]
+        (before,), size = ctx.states_before, recurrent.shape[1]
         of_state = gradient  # of the gates' part that comes of the state
         with _rounded_as_by_cudnn():
             if ctx.gru:
@@ -114,7 +121,7 @@ def _summed(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _neutral(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return weights and a bias that change nothing."""
+    """Return weights and a bias that change nothing, but for the bits that cuDNN rounds off where it uses TF32."""
     return torch.eye(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
 
 

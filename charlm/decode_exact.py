@@ -13,6 +13,7 @@ Legend: B samples, K characters at a time, V vocabulary, H hidden, G gates (4H i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from types import ModuleType
@@ -26,10 +27,14 @@ from charlm.draw import draw, prepared
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, Ids
 
+log = logging.getLogger(__name__)
+
 AT_A_TIME = {"cuda": 32}  # characters in a graph; starting it costs little beside them, and a reader sees no pause
 
-# Characters from which on `charlm.step_kernels` takes the place of torch's kernels on CUDA. It halves a step's time of
-# 30 microseconds (256 texts, LSTM 128 on an H100), but takes 0.6 seconds to load, and 2 to compile, once on a machine.
+# Characters, the prompt's among them, from which on `charlm.step_kernels` takes the place of torch's kernels on CUDA.
+# It halves a step's time of 30 microseconds (256 texts, LSTM 128 on an H100), but takes 0.6 seconds to load in each
+# process, and 2 the first time on a machine: one text of 40,000 characters pays for that, or a process that draws again
+# and again. What is shorter, such as a training's samples, does without.
 LONG = 1000
 
 UNIT = 2.0**-24  # of the state; it is at most 1
@@ -46,24 +51,24 @@ def decode(
     """Yield the next ids, shape (B,), for each row of `uniforms`; see `charlm.generate.Sampler.stream`."""
     device = network.output.weight.device
     length, samples = uniforms.shape
-    kernels = own_kernels() if device.type == "cuda" and len(prompt) + length >= LONG else None
+    kernels = own_kernels(device) if device.type == "cuda" and len(prompt) + length >= LONG else None
     weights = Weights(network, kernels)
     most = AT_A_TIME.get(device.type, 1)
 
     # The prompt, as one text.
     alone = Steps(weights, 1)
     ids = torch.tensor(prompt, dtype=torch.int64, device=device)[:, None]  # (characters, 1)
-    place = torch.zeros(most, 1, dtype=torch.int64, device=device)
+    piece = torch.zeros(most, 1, dtype=torch.int64, device=device)
     whole = len(prompt) // most * most
 
     def read(count: int) -> None:
         for k in range(count):
-            alone.read(place, k)
+            alone.read(piece, k)
 
     if whole:
         replay = _recorded(read, most, alone)
         for part in torch.split(ids[:whole], most):
-            place.copy_(part)
+            piece.copy_(part)
             replay()
     for k in range(whole, len(prompt)):
         alone.read(ids, k)
@@ -71,9 +76,9 @@ def decode(
     # What goes on from there.
     steps = Steps(weights, samples)
     steps.begin_as(alone)
-    temperature, uniform = prepared(
-        torch.tensor(temperatures, dtype=weights.dtype, device=device), torch.from_numpy(uniforms).to(device)
-    )
+    heat = torch.tensor(temperatures, dtype=weights.dtype, device=device)
+    uniform = torch.from_numpy(uniforms).to(device)
+    temperature, _ = prepared(heat, uniform[0])
     most = min(most, length)
     given = torch.zeros(most, samples, dtype=weights.dtype, device=device)
     drawn = torch.zeros(most, samples, dtype=torch.int64, device=device)
@@ -89,14 +94,14 @@ def decode(
             steps.read(drawn, k, FIRST_WRITTEN)
 
     replay = _recorded(write, most, steps)
-    before: Callable[[], Iterable[Ids]] = tuple
+    earlier: Callable[[], Iterable[Ids]] = tuple
     for part in torch.split(uniform, most):
-        given[: len(part)].copy_(part)
+        given[: len(part)].copy_(prepared(heat, part)[1])
         replay()
-        after = _on_its_way(drawn[: len(part)] + FIRST_WRITTEN)
-        yield from before()  # while the device goes on
-        before = after
-    yield from before()
+        latest = _on_its_way(drawn[: len(part)] + FIRST_WRITTEN)
+        yield from earlier()  # while the device goes on
+        earlier = latest
+    yield from earlier()
 
 
 def _on_its_way(ids: Tensor) -> Callable[[], Iterable[Ids]]:
@@ -219,43 +224,49 @@ class Steps:
         """Read a character of each text, `first + ids[k]`, where ids has shape (K, B)."""
         weights = self._weights
         for layer, units in enumerate(self._units):
-            place = None if layer else (ids, k, first)
+            characters = None if layer else (ids, k, first)
             below = self._units[layer - 1] @ weights.inputs[layer - 1] if layer else weights.table
             before = units @ weights.hidden[layer]
-            weights.step(weights.cell, below, place, before, weights.biases[layer], self._carried[layer], units)
+            weights.step(weights.cell, below, characters, before, weights.biases[layer], self._carried[layer], units)
         weight, bias = weights.output
         torch.addmm(bias, self._units[-1], weight, out=self.logits)
 
 
 @cache
-def own_kernels() -> ModuleType | None:
-    """Return `charlm.step_kernels` if it works here.
+def own_kernels(device: torch.device) -> ModuleType | None:
+    """Return `charlm.step_kernels` if it works on `device`.
 
-    Triton compiles them, for which it needs a C compiler and a folder to write to; torch's own kernels need neither.
+    Triton compiles the kernels, for which it needs a C compiler and a folder to write to; torch's own need neither.
     """
     try:
         from charlm import step_kernels
 
-        logits = torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64, device="cuda")
-        ids = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
-        step_kernels.draw(logits, torch.ones_like(logits[0, :1]), torch.full_like(logits[:, :1], 0.5), ids, 0)
-        return step_kernels if ids.item() == 1 else None
-    except Exception:  # whatever is missing
+        one = torch.ones(1, 1, dtype=torch.float64, device=device)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        step_kernels.step("rnn", one, (ids, 0, 0), one, (one[0], one[0]), one.clone(), one.clone())
+        step_kernels.draw(one * torch.tensor([0.0, 2.0, 1.0], device=device), one[0], one / 2, ids, 0)
+        if ids.item() != 1:
+            raise RuntimeError("a wrong result")
+    except Exception as error:  # whatever is missing or fails
+        log.info(
+            "long texts are drawn by torch's kernels, which take twice as long, as Triton's do not work: %s", error
+        )
         return None
+    return step_kernels
 
 
 def step(
     cell: str,
     below: Tensor,
-    place: tuple[Tensor, int, int] | None,
+    characters: tuple[Tensor, int, int] | None,
     before: Tensor,
     biases: tuple[Tensor, Tensor],
     carried: Tensor,
     units: Tensor,
 ) -> None:
     """Do what `charlm.step_kernels.step` does by torch's operations."""
-    if place is not None:
-        ids, k, first = place
+    if characters is not None:
+        ids, k, first = characters
         below = below[first:].index_select(0, ids[k])
     state, then = _CELLS[cell](below, before, carried, *biases)
     if then is not carried:

@@ -92,7 +92,8 @@ class Sampler:
 
     The same seed gives the same text on the same device, whatever is drawn beside it and in whatever portions: each
     sample has random numbers of its own, and its scores come out the same to the last bit (charlm/products.py and
-    charlm/decode_exact.py say how). On another device a score may differ in its last bits, and a text fork.
+    charlm/decode_exact.py say how). On another device a score may differ in its last bits, and a text fork. So may it,
+    in the last of 64, where one portion is shorter than 1,000 characters and another is not, on CUDA: other kernels.
 
     Args:
         network: on the device to draw on.

@@ -8,7 +8,8 @@
 Locked masks are drawn once for each row of a batch and hold for the whole window ("variational dropout": Gal and
 Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016), where
 `model.dropout` draws anew for every character. The weights themselves stay in one nn.LSTM, nn.GRU or nn.RNN, which
-evaluation and sampling run as it is; in training its layers are run one by one where something acts between them.
+evaluation and sampling run as it is; in training its layers are run one by one where something acts between them, or
+where that is faster (charlm/cudnn_layer.py).
 
 Legend: B batch, T window, I input, H hidden, L layers, V vocabulary.
 """
@@ -115,7 +116,7 @@ class Regularizer(nn.Module):
     def _one_by_one(self, rnn: nn.RNNBase) -> bool:
         """Return whether the layers are run one by one in training."""
         between = self.hidden_dropout and rnn.num_layers > 1
-        return bool(between or self.weight_dropout or (self.recorded and cudnn_layer.pays(rnn)))
+        return bool(between or self.weight_dropout or (self.recorded and cudnn_layer.pays(rnn, one_by_one=False)))
 
     def _layer(self, rnn: nn.RNNBase, layer: int, inputs: Tensor, state: State | None) -> tuple[Tensor, ...]:
         """Run one of the layers; return its output (B, T, H) and the parts of its state, (1, B, H) each."""
@@ -127,7 +128,7 @@ class Regularizer(nn.Module):
             for part in parts
         ]
         weights = [of_input, F.dropout(recurrent, self.weight_dropout), *biases]
-        if self.recorded and cudnn_layer.pays(rnn):
+        if self.recorded and cudnn_layer.pays(rnn, one_by_one=True):
             return cudnn_layer.layer(type(rnn), inputs, begin, *weights)
         run, hx = cudnn_layer.LAYERS[type(rnn)], begin if isinstance(rnn, nn.LSTM) else begin[0]
         with warnings.catch_warnings():

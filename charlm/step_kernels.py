@@ -91,7 +91,7 @@ def _draw(logits, temperature, uniform, ids, k, choices, CHOICES: tl.constexpr):
 def step(
     cell: str,
     below: Tensor,
-    place: tuple[Tensor, int, int] | None,
+    characters: tuple[Tensor, int, int] | None,
     before: Tensor,
     biases: tuple[Tensor, Tensor],
     carried: Tensor,
@@ -101,19 +101,19 @@ def step(
 
     Args:
         cell: lstm, gru or rnn.
-        below: the gates from below, (B, G), or, with `place`, a table of them by character, (V, G).
-        place: None, or characters (K, B), which of the K is read, and what is added to each.
+        below: the gates from below, (B, G), or, with `characters`, a table of them by character, (V, G).
+        characters: None, or ids (K, B), which of the K is read, and what is added to each.
         before: the gates from before, (B, G).
         biases: of the gates from below and from before, (G,) each.
         carried: the cell state of an LSTM, the state of a GRU as it is, (B, H); a plain network has none.
         units: the state as a whole number of units of 2^-24, (B, H).
     """
     samples, size = units.shape
-    ids, k, first = place or (before, 0, 0)
+    ids, k, first = characters or (before, 0, 0)
     with torch.cuda.device_of(before):
         _step[(samples, triton.cdiv(size, _ELEMENTS))](
             below, ids, k, first, before, *biases, carried, units, size,
-            CELL=cell, BY_ID=place is not None, GATES=before.shape[1] // size, ELEMENTS=_ELEMENTS, num_warps=4,
+            CELL=cell, BY_ID=characters is not None, GATES=before.shape[1] // size, ELEMENTS=_ELEMENTS, num_warps=4,
         )  # fmt: skip
 
 

@@ -340,7 +340,8 @@ def test_each_replay_draws_another_dropout(tmp_path: Path, monkeypatch: pytest.M
 def test_a_captured_run_drops_what_the_eager_run_drops(
     tmp_path: Path, cell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cudnn_layer, "pays", lambda rnn: False)  # layers that come one by one have other random numbers
+    # Layers that come one by one have other random numbers.
+    monkeypatch.setattr(cudnn_layer, "pays", lambda rnn, one_by_one: False)
     model = {"cell": cell, "num_layers": 3, "dropout": 0.3}
     eager, _, _ = train(tmp_path / "a", CharLM, "gpu", model=model)
     captured, _, _ = train(tmp_path / "b", CapturedCharLM, "gpu", model=model)

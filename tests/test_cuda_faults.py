@@ -22,8 +22,13 @@ def small(tiny: list[str]) -> list[str]:
     """Overrides of a run with dropout, on one device."""
     device = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.capture=true")
     size = ("model.num_layers=2", "trainer.max_steps=203", "trainer.val_check_interval=50")
-    dropout = ("model.dropout=0.3", "regularization.hidden_dropout=0.1", "regularization.output_dropout=0.1")
-    return [*tiny, *device, *size, *dropout]
+    return [*tiny, *device, *size, "model.dropout=0.3", "regularization.output_dropout=0.1"]
+
+
+def kind(cell: str, order: str, size: int) -> list[str]:
+    # With locked dropout between them the layers come one by one; without, cuDNN draws what is dropped there.
+    locked = f"regularization.hidden_dropout={0.1 if order == 'streams' else 0.0}"
+    return [f"model={cell}", f"data.order={order}", f"model.hidden_size={size}", locked]
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -40,7 +45,7 @@ KINDS = [
 def test_an_interrupted_run_comes_to_the_same(
     cell: str, order: str, size: int, small: list[str], tmp_path: Path
 ) -> None:
-    overrides = [*small, f"model={cell}", f"data.order={order}", f"model.hidden_size={size}"]
+    overrides = [*small, *kind(cell, order, size)]
     assert live(tmp_path / "undisturbed", overrides) == 0, (tmp_path / "undisturbed.log").read_text()
     assert live(tmp_path / "run", overrides, SignalAt(STEP, 113)) == 143, (tmp_path / "run.log").read_text()
     kill_after([begin(tmp_path / "run", overrides)], 8.0)
@@ -53,7 +58,7 @@ def test_an_interrupted_run_comes_to_the_same(
 def test_in_deterministic_mode_it_comes_to_the_same_bit_by_bit(
     cell: str, order: str, size: int, small: list[str], tmp_path: Path
 ) -> None:
-    overrides = [*small, *DETERMINISTIC, f"model={cell}", f"data.order={order}", f"model.hidden_size={size}"]
+    overrides = [*small, *DETERMINISTIC, *kind(cell, order, size)]
     fixed = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert live(tmp_path / "undisturbed", overrides, **fixed) == 0, (tmp_path / "undisturbed.log").read_text()
     assert live(tmp_path / "run", overrides, SignalAt(STEP, 113), **fixed) == 143

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from charlm import cudnn_layer
+from charlm.capture import CapturedCharLM
+from charlm.module import CharLM
 from charlm.network import CELLS, CharRNN, parts
+from charlm.vocabulary import UNKNOWN
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -23,17 +26,23 @@ def torchs(cell: type[nn.RNNBase], inputs: Tensor, begin: Sequence[Tensor], *wei
 
 
 def outcome(
-    run: Run, cell: str, device: str, dtype: torch.dtype, autocast: torch.dtype | None = None, size: int = 24
+    run: Run,
+    cell: str,
+    device: str,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    size: int = 24,
+    rows: tuple[int, int] = (5, 17),
 ) -> list[Tensor]:
     """Return a layer's output, its state at the end, and the gradients of all that it was given."""
     torch.manual_seed(1)
     rnn = CELLS[cell](11, size, batch_first=True)
-    begin = [torch.rand(1, 5, size) for _ in range(2 if cell == "lstm" else 1)]
-    given = [torch.randn(5, 17, 11), *begin, *(p.detach() for p in rnn.parameters())]
+    begin = [torch.rand(1, rows[0], size) for _ in range(2 if cell == "lstm" else 1)]
+    given = [torch.randn(*rows, 11), *begin, *(p.detach() for p in rnn.parameters())]
     given = [value.to(device, dtype).requires_grad_() for value in given]
     with torch.autocast(device, autocast or torch.float16, enabled=autocast is not None):
         output, *end = run(type(rnn), given[0], given[1 : 1 + len(begin)], *given[1 + len(begin) :])
-    weighting = torch.randn(5, 17, size, generator=torch.Generator().manual_seed(2)).to(device)
+    weighting = torch.randn(*rows, size, generator=torch.Generator().manual_seed(2)).to(device)
     ((output * weighting).sum() + sum((part**2).sum() for part in end)).backward()
     gradients = [value.grad for value in given if value.grad is not None]
     assert len(gradients) == len(given)
@@ -49,12 +58,15 @@ def test_it_gives_torchs_output_and_gradients(cell: str) -> None:
 
 @cuda
 @cells
-@pytest.mark.parametrize("size", [24, 64, 128])
+@pytest.mark.parametrize(("size", "rows"), [(24, (5, 17)), (64, (512, 100)), (128, (128, 100))])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
-def test_it_gives_them_on_cuda_as_exactly_as_cudnn(cell: str, size: int, autocast: torch.dtype | None) -> None:
-    exact = outcome(torchs, cell, "cpu", torch.float64, size=size)
-    mine, cudnns = (outcome(run, cell, "cuda", torch.float32, autocast, size) for run in (cudnn_layer.layer, torchs))
+def test_on_cuda_it_is_not_far_further_from_them_than_cudnn(
+    cell: str, size: int, rows: tuple[int, int], autocast: torch.dtype | None
+) -> None:
+    exact = outcome(torchs, cell, "cpu", torch.float64, size=size, rows=rows)
+    given = cell, "cuda", torch.float32, autocast, size, rows
+    mine, cudnns = (outcome(run, *given) for run in (cudnn_layer.layer, torchs))
     for a, b, c in zip(mine, cudnns, exact, strict=True):
         assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 5e-4 * c.abs().max()
 
@@ -66,7 +78,10 @@ def test_it_gives_them_on_cuda_as_exactly_as_cudnn(cell: str, size: int, autocas
 def test_a_network_that_is_recorded_trains_as_any_other(
     cell: str, layers: int, embedding_size: int, weight_dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cudnn_layer, "pays", lambda rnn: True)
+    monkeypatch.setattr(cudnn_layer, "pays", lambda rnn, one_by_one: True)
+    calls: list[str] = []
+    plain = cudnn_layer.layer
+    monkeypatch.setattr(cudnn_layer, "layer", lambda *given: calls.append("") or plain(*given))
     regularization = {"weight_dropout": weight_dropout}
     made = CharRNN(30, cell, 16, layers, embedding_size=embedding_size, regularization=regularization).double()
     ids = torch.randint(30, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -82,13 +97,22 @@ def test_a_network_that_is_recorded_trains_as_any_other(
 
     for a, b in zip(trained(True), trained(False), strict=True):
         torch.testing.assert_close(a, b)
+    assert len(calls) == layers
+
+
+def test_captured_steps_are_recorded() -> None:
+    model = {"cell": "gru", "hidden_size": 8, "num_layers": 1}
+    optimizer = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0}
+    for kind, expected in ((CharLM, False), (CapturedCharLM, True)):
+        assert kind([UNKNOWN, "a"], model, optimizer, 10).network.regularizer.recorded is expected
 
 
 def test_it_is_for_cuda() -> None:
-    assert not cudnn_layer.pays(nn.GRU(8, 16))
+    assert not cudnn_layer.pays(nn.GRU(8, 16), one_by_one=True)
     if torch.cuda.is_available():
         for cell, size, layers, expected in (
-            (nn.GRU, 512, 1, True), (nn.GRU, 520, 1, False), (nn.GRU, 128, 2, True), (nn.GRU, 256, 2, False),
+            (nn.GRU, 256, 1, True), (nn.GRU, 264, 1, False), (nn.GRU, 128, 2, True), (nn.GRU, 256, 2, False),
             (nn.LSTM, 256, 1, True), (nn.LSTM, 512, 1, False), (nn.LSTM, 64, 2, False), (nn.RNN, 64, 1, True),
         ):  # fmt: skip
-            assert cudnn_layer.pays(cell(8, size, layers, device="cuda")) is expected
+            assert cudnn_layer.pays(cell(8, size, layers, device="cuda"), one_by_one=False) is expected
+        assert cudnn_layer.pays(nn.LSTM(8, 64, 2, device="cuda"), one_by_one=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ class OwnKernels:
 
     @staticmethod
     def Weights(network: CharRNN) -> decode_exact.Weights:
-        return decode_exact.Weights(network, decode_exact.own_kernels())
+        kernels = decode_exact.own_kernels(network.output.weight.device)
+        assert kernels is not None
+        return decode_exact.Weights(network, kernels)
 
     @staticmethod
     def decode(*given: Any, **rules: Any) -> Iterator[Any]:
@@ -47,10 +50,17 @@ ways = pytest.mark.parametrize(("way", "device"), WAYS)
 SYMBOLS = [UNKNOWN, "\n", *(chr(code) for code in range(97, 157))]
 
 
-def network(cell: str = "lstm", size: int = 48, layers: int = 2, device: str = "cpu", **options: Any) -> CharRNN:
+def network(
+    cell: str = "lstm",
+    size: int = 48,
+    layers: int = 2,
+    device: str = "cpu",
+    symbols: int = len(SYMBOLS),
+    **options: Any,
+) -> CharRNN:
     """Return a network whose state is far from 0 and from its bounds, as a trained one's."""
     torch.manual_seed(1)
-    made = CharRNN(len(SYMBOLS), cell, size, layers, **options).to(device)
+    made = CharRNN(symbols, cell, size, layers, **options).to(device)
     for parameter in made.parameters():
         parameter.data.mul_(1.5)
     return made.eval()
@@ -167,15 +177,39 @@ def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatc
 
 @cuda
 @cells
-@pytest.mark.parametrize("size", [48, 200])
+@pytest.mark.parametrize(("size", "symbols"), [(48, 62), (200, 62), (48, 700), (48, 5000)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, float("inf")])
-def test_own_kernels_draw_what_torchs_do(cell: str, size: int, temperature: float) -> None:
-    pytest.importorskip("triton", reason="torch brings no Triton here")
-    assert decode_exact.own_kernels() is not None
-    made = network(cell, size, device="cuda")
+def test_own_kernels_draw_what_torchs_do(
+    cell: str, size: int, symbols: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(cell, size, device="cuda", symbols=symbols)
     uniforms = np.random.default_rng(1).random((70, 9), dtype=np.float32)
     given = made, [3, 4], [temperature] * 9, uniforms, None, None
-    assert np.array_equal(list(OwnKernels.decode(*given)), list(decode_exact.decode(*given)))
+    by_torchs = list(decode_exact.decode(*given))
+    kernels = decode_exact.own_kernels(made.output.weight.device)
+    assert kernels is not None
+    spies = {name: Mock(wraps=getattr(kernels, name)) for name in ("step", "draw")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(kernels, name, spy)
+    assert np.array_equal(list(OwnKernels.decode(*given)), by_torchs)
+    assert spies["step"].called
+    assert spies["draw"].called == (symbols <= kernels.LARGEST_CHOICE)
+
+
+@cuda
+def test_where_triton_fails_torchs_kernels_draw(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step_kernels = pytest.importorskip("charlm.step_kernels")
+    monkeypatch.setattr(step_kernels, "step", None)
+    decode_exact.own_kernels.cache_clear()
+    with caplog.at_level("INFO"):
+        text = list(
+            OwnKernels.decode(network(device="cuda"), [3], [0.7], np.full((40, 1), 0.5, np.float32), None, None)
+        )
+    decode_exact.own_kernels.cache_clear()
+    assert len(text) == 40
+    assert "drawn by torch's kernels" in caplog.text
 
 
 def test_where_rows_do_not_agree_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
