@@ -27,8 +27,9 @@ from torch.autograd.function import once_differentiable
 
 LAYERS: dict[type[nn.RNNBase], Any] = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}
 
-# Hidden units up to which layers that come one by one train faster so at a batch of 128 or more (BENCHMARKS.md). Of
-# several it must be a small GRU's that make up for coming one by one, for cuDNN overlaps the layers of one call.
+# Hidden units up to which layers that come one by one train faster so, at a batch of 128 or more and with
+# trainer.precision=auto (BENCHMARKS.md). Of several it must be a small GRU's that make up for coming one by one, for
+# cuDNN overlaps the layers of one call.
 LARGEST, LARGEST_OF_SEVERAL = 256, 128
 
 
