@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from charlm.draw import draw, prepared
+from charlm.errors import reason
 from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, Ids
 
@@ -249,7 +250,7 @@ def own_kernels(device: torch.device) -> ModuleType | None:
             raise RuntimeError("a wrong result")
     except Exception as error:  # whatever is missing or fails
         log.info(
-            "long texts are drawn by torch's kernels, which take twice as long, as Triton's do not work: %s", error
+            "long texts are drawn by torch's kernels, at half the speed, for Triton's do not work: %s", reason(error)
         )
         return None
     return step_kernels

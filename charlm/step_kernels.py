@@ -6,7 +6,8 @@ reads, and a text's character by one block, from its scores to the id (Tillet, K
 language and compiler for tiled neural network computations", 2019). Neither sees the other rows, so that what a text is
 does not depend on what is drawn beside it.
 
-Imported on CUDA alone: torch brings Triton there, which compiles the kernels on first use and keeps them on disk.
+Imported on CUDA alone: torch brings Triton there, which compiles the kernels on first use and keeps them in the folder
+that TRITON_CACHE_DIR names, or ~/.triton/cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
