@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,6 +22,10 @@ from charlm.network import CharRNN
 from charlm.vocabulary import FIRST_WRITTEN, UNKNOWN, Vocabulary
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+COMPILES = find_spec("triton") and (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))))
+triton = pytest.mark.skipif(
+    not (torch.cuda.is_available() and COMPILES), reason="needs a CUDA device, Triton and a C compiler"
+)
 
 
 class OwnKernels:
@@ -44,7 +51,7 @@ WAYS = [
     pytest.param(decode_cpu, "cpu", id="cpu"),
     pytest.param(decode_exact, "cpu", id="exact"),
     pytest.param(decode_exact, "cuda", id="graph", marks=cuda),
-    pytest.param(OwnKernels, "cuda", id="own-kernels", marks=cuda),
+    pytest.param(OwnKernels, "cuda", id="own-kernels", marks=triton),
 ]
 ways = pytest.mark.parametrize(("way", "device"), WAYS)
 SYMBOLS = [UNKNOWN, "\n", *(chr(code) for code in range(97, 157))]
@@ -175,7 +182,7 @@ def test_a_graph_draws_what_its_kernels_draw(options: dict[str, Any], monkeypatc
     assert np.array_equal(drawn(decode_exact, made, 5, 70, tuple(range(1, 50)), **options), graph)
 
 
-@cuda
+@triton
 @cells
 @pytest.mark.parametrize(("size", "symbols"), [(48, 62), (200, 62), (48, 700), (48, 5000)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, float("inf")])
@@ -196,12 +203,11 @@ def test_own_kernels_draw_what_torchs_do(
     assert spies["draw"].called == (symbols <= kernels.LARGEST_CHOICE)
 
 
-@cuda
+@triton
 def test_where_triton_fails_torchs_kernels_draw(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step_kernels = pytest.importorskip("charlm.step_kernels")
-    monkeypatch.setattr(step_kernels, "step", None)
+    monkeypatch.setattr("charlm.step_kernels.step", None)
     decode_exact.own_kernels.cache_clear()
     with caplog.at_level("INFO"):
         text = list(
