@@ -37,7 +37,8 @@ class Layers(BareGraph):
 
     def on_train_start(self) -> None:
         regularizer = self.network.regularizer
-        Layers.chosen = cudnn_layer.pays(self.network.rnn, one_by_one=bool(regularizer.weight_dropout))
+        one_by_one = bool(regularizer.weight_dropout or regularizer.hidden_dropout)
+        Layers.chosen = cudnn_layer.pays(self.network.rnn, one_by_one)
         regularizer.recorded = self.own
         with mock.patch.object(cudnn_layer, "pays", return_value=True):
             super().on_train_start()

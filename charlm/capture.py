@@ -268,9 +268,8 @@ class CapturedCharLM(ManualCharLM):
 
 
 def average_over_ranks(parameters: Iterable[nn.Parameter], ranks: int) -> None:
-    """Give each rank the mean of the ranks' gradients, as DistributedDataParallel does (Li et al., "PyTorch
-    Distributed", 2020), in one
-    message.
+    """Give each rank the mean of the ranks' gradients in one message, as DistributedDataParallel does in several (Li et
+    al., "PyTorch Distributed", 2020).
     """
     given = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     whole = torch.cat([gradient.flatten() for _, gradient in given])
